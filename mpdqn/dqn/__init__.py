@@ -1,0 +1,1 @@
+"""Deep Q-learning as pure tensor functions: batches, agents and losses."""
