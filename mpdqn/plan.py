@@ -21,8 +21,10 @@ from typing import Any, Self
 class LayerCost:
     """What one layer costs on one device for one batch.
 
-    Times are milliseconds, sizes are bytes. ``activation_bytes`` is the layer's output as autograd keeps it;
-    ``boundary_bytes`` is what crosses a cut placed after this layer.
+    Times are milliseconds, sizes are bytes. ``activation_bytes`` is what autograd keeps for the backward pass because
+    of this layer and no layer before it keeps already, parameters and buffers apart; a stage that starts after layer a
+    keeps at most ``boundary_bytes`` of layer a more, its received input. ``boundary_bytes`` is what crosses a cut
+    placed after this layer.
     """
 
     name: str

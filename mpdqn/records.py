@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -18,7 +18,10 @@ from typing import Any, Self
 
 PACKAGES = ("mpdqn", "torch", "torchrl", "tensordict", "ale-py", "gymnasium", "numpy")
 
-Value = float | int | str | bool | None
+RECORDS = "records.jsonl"
+"""The file of a run's folder that holds its records."""
+
+Value = float | int | str | bool | None | Sequence[float]
 
 
 @dataclass(frozen=True, kw_only=True)

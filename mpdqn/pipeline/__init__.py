@@ -1,1 +1,1 @@
-"""…"""
+"""The pipeline: stages of the online and the target network, and the runtime that runs an action table over them."""

@@ -1,0 +1,133 @@
+"""The table of a comparison: a row for each layout, and below it all that one must know to read it."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+
+from mpdqn.bench.rows import Row, best_single, ratios, rows_of
+from mpdqn.bench.tables import NOTHING, Table, decimals, spread, summarize
+from mpdqn.records import Record
+
+OVERSUBSCRIBED, STACKED, INDEPENDENT = "†", "‡", "§"
+
+_LEGEND = {
+    OVERSUBSCRIBED: "oversubscribed: more ranks than this machine has cores or devices for",
+    STACKED: "all stages of a replica in one process",
+    INDEPENDENT: "independent processes that exchange nothing, their transitions/s added: a yardstick, not a layout",
+}
+
+
+def compare_table(records: Iterable[Record]) -> Table:
+    """The table of a comparison: a row for each layout, in the order in which they were measured."""
+    rows = rows_of(records)
+    reference = best_single(rows)
+    return Table(
+        title=f"Layouts compared: {heading(rows)}",
+        columns=(
+            *("layout", "schedule", "m", "ranks × threads", "transitions/s", "frames/s", "× best single"),
+            *("bubble", "formula", "sent MiB", "peak MiB", "grad. error"),
+        ),
+        rows=tuple(_cells(row, reference) for row in rows),
+        notes=_notes(rows),
+    )
+
+
+def heading(rows: Sequence[Row]) -> str:
+    """What was trained, in a few words."""
+    network, environment, batch, device = (_each(rows, k) for k in ("network", "environment", "batch_size", "device"))
+    return f"{network} on {environment}, batch {batch}, {device}"
+
+
+def hardware(rows: Sequence[Row]) -> str:
+    """The machine, or machines, of the records."""
+    environments = [record.environment for row in rows for record in row.rounds.values()]
+    return _joined(f"{e.hardware}, {e.cores} core{'s' * (e.cores != 1)}, {e.memory_gib:g} GiB" for e in environments)
+
+
+def _cells(row: Row, reference: Mapping[int, float]) -> tuple[str, ...]:
+    speed, pace = summarize(row.speeds.values()), ratios(row.speeds, reference)
+    frames = speed.median * row.count("frames_per_transition")
+    pipelined = row.count("pipeline") > 1
+    return (
+        f"{row.name} {_marks(row)}".rstrip(),
+        str(row.setting("schedule")) if pipelined else NOTHING,
+        str(row.count("num_microbatches")),
+        f"{row.count('ranks')} × {row.count('threads')}",
+        spread(speed, decimals(speed.median)),
+        f"{frames:.{decimals(frames)}f}",
+        spread(summarize(pace), 2) if pace else NOTHING,
+        *(_percent(row.known(key)) if pipelined else NOTHING for key in ("bubble_measured", "bubble_formula")),
+        _mib(row, "bytes_sent"),
+        _mib(row, "peak_memory_bytes"),
+        _error(row.known("gradient_error")),
+    )
+
+
+def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
+    records = [record for row in rows for record in row.rounds.values()]
+    environments = [record.environment for record in records]
+    cuts = {
+        f"cut {row.setting('boundaries')} for p = {row.count('pipeline')}" for row in rows if row.count("pipeline") > 1
+    }
+    versions = dict.fromkeys(f"{name} {version}" for e in environments for name, version in e.versions.items())
+    lengths = [len(row.rounds) for row in rows]
+    rounds = "–".join(map(str, sorted({min(lengths), max(lengths)})))
+    td_errors = [error for row in rows for error in row.known("td_error_error")]
+    used = "".join(map(_marks, rows))
+    single = (
+        "over the fastest single process of the same round" if best_single(rows) else "no single process was measured"
+    )
+    return (
+        f"{heading(rows)} ({_each(rows, 'backend')}, {_each(rows, 'memory_format')}), agent {_each(rows, 'agent')}; "
+        + (", ".join(sorted(cuts)) or "not cut into stages"),
+        f"{hardware(rows)}; {', '.join(versions)}; commit {_joined(e.commit for e in environments) or 'unknown'}; "
+        f"command: {_joined(e.command for e in environments)}",
+        f"seed {_joined(str(record.seed) for record in records)}; {rounds} interleaved rounds × {_each(rows, 'steps')} "
+        "steps; transitions/s of the slowest rank, median [min–max] over the rounds; frames/s: environment frames "
+        f"learned from, {_each(rows, 'frames_per_transition')} per transition; × best single: {single}",
+        "bubble: share of the pipeline's time in which a rank waits, mean over its ranks; formula: the same for equal "
+        "stages and free messages; sent per step and peak memory of rank 0 / rank 1, or of all (lowest–highest)",
+        "grad. error: ‖a − b‖₂ / ‖b‖₂ against the single process on the same batch"
+        + (f"; the TD errors differ likewise by at most {_error(td_errors)}" if td_errors else ""),
+        *(f"{mark} {text}" for mark, text in _LEGEND.items() if mark in used),
+    )
+
+
+def _marks(row: Row) -> str:
+    stacked = bool(row.setting("stacked")) and row.count("pipeline") > 1
+    return (
+        OVERSUBSCRIBED * bool(row.setting("oversubscribed"))
+        + STACKED * stacked
+        + INDEPENDENT * (row.count("copies") > 1)
+    )
+
+
+def _each(rows: Sequence[Row], key: str) -> str:
+    return _joined(str(row.setting(key)) for row in rows)
+
+
+def _joined(values: Iterable[str]) -> str:
+    return " / ".join(dict.fromkeys(values))
+
+
+def _percent(shares: Sequence[float]) -> str:
+    return f"{100 * statistics.median(shares):.1f} %" if shares else NOTHING
+
+
+def _error(errors: Sequence[float]) -> str:
+    worst = max(errors, key=lambda e: math.inf if math.isnan(e) else e, default=None)
+    return NOTHING if worst is None else f"{worst:.1e}" if worst else "0"
+
+
+def _mib(row: Row, key: str) -> str:
+    """The value of each rank, in MiB: median over the rounds."""
+    ranks = zip(*(row.per_rank(r, key) for r in row.rounds), strict=True)
+    sizes = [statistics.median(values) / 2**20 for values in ranks]
+    cells = [f"{size:.{min(1, decimals(10 * size))}f}" if size else "0" for size in sizes]
+    if len(set(cells)) == 1:
+        return cells[0]
+    if len(cells) == 2:
+        return " / ".join(cells)
+    return "–".join(cells[sizes.index(extreme)] for extreme in (min(sizes), max(sizes)))

@@ -1,0 +1,172 @@
+"""`CompareConfig`: what `mpdqn compare` measures; and the checks that come before any work."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from mpdqn.bench.layouts import Layout, default_layouts
+from mpdqn.dqn.agents import make_agent
+from mpdqn.environments import EnvironmentSpec, environment_spec
+from mpdqn.launch import check_port
+from mpdqn.mesh import check_device, check_world_size, launched, launched_world_size
+from mpdqn.networks import NetworkFunction, load_network
+from mpdqn.records import Environment
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareConfig:
+    """Compare data- and pipeline-parallel training of one network on one environment."""
+
+    env: str = "pong"
+    """Atari game."""
+    network: str = "resnet18"
+    """nature, impala, resnet18, resnet34, resnet50, resnet101, or one of your own as my_file.py:make_network."""
+    width: float | None = None
+    """Width multiplier of IMPALA."""
+    head: Literal["plain", "dueling"] = "plain"
+    """Head of the network."""
+    agent: str = "double_dqn"
+    """dqn or double_dqn."""
+    batch_size: int = 64
+    """Transitions in an update, over all replicas."""
+    num_microbatches: int = 8
+    """m of the pipelines, and of the second row of the single process."""
+    layouts: tuple[str, ...] = ()
+    """Rows to measure, like single@1 dp2 pp2-1f1b/m8 dp2xpp2-gpipe (docs/layouts.md); default: the main job's."""
+    steps: int = 2
+    """Updates timed in each round of a layout, after one to warm up."""
+    rounds: int = 3
+    """Rounds; in each, every layout has its turn."""
+    transitions: int = 2048
+    """Transitions to collect first, at least."""
+    num_shards: int = 4
+    """Virtual replay shards V; the replicas of every layout share them evenly."""
+    envs_per_shard: int = 2
+    """Environments that fill each shard."""
+    epsilon: float = 0.1
+    """Share of random actions while collecting."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the networks are."""
+    seed: int = 0
+    """Seed of everything."""
+    out: Path = Path("results/compare")
+    """Folder in which the run's folder is made."""
+    timeout: float = 60.0
+    """Seconds a rank waits for a message before the run ends with an error."""
+    port: int = 0
+    """TCP port of the workers' rendezvous; 0 takes a free one."""
+    smoke: bool = False
+    """A run of seconds that exercises everything and measures nothing worth quoting."""
+    render_only: Path | None = None
+    """Only redraw table and plots from the records in this run folder."""
+
+    def resolved(self) -> CompareConfig:
+        """This configuration, made small if ``smoke`` is set."""
+        if not self.smoke:
+            return self
+        network = "nature" if self.network == "resnet18" else self.network
+        return replace(self, network=network, batch_size=16, num_microbatches=2, steps=1, rounds=2, transitions=256)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A checked comparison: everything the workers need."""
+
+    config: CompareConfig
+    network: str | NetworkFunction
+    network_name: str
+    spec: EnvironmentSpec
+    layouts: tuple[Layout, ...]
+    cores: tuple[int, ...]
+    environment: Environment
+
+    @property
+    def num_ranks(self) -> int:
+        """How many processes the widest layout needs."""
+        return max(layout.ranks for layout in self.layouts)
+
+    def make_network(self) -> nn.Sequential:
+        """The network, with the same weights on every call and every rank."""
+        config = self.config
+        return load_network(
+            self.network,
+            self.spec.observation_shape,
+            self.spec.num_actions,
+            width=config.width,
+            head=config.head,
+            seed=config.seed,
+        )
+
+
+def check(config: CompareConfig, network: str | NetworkFunction | None = None, layouts: Sequence[str] = ()) -> Job:
+    """Every check that needs no worker: one clear ValueError for bad input, on every rank alike.
+
+    Args:
+        config: what to compare.
+        network: instead of ``config.network``, a function from (observation shape, number of actions) to a module.
+        layouts: instead of ``config.layouts``.
+    """
+    config = config.resolved()
+    for name in ("steps", "rounds", "transitions", "num_microbatches", "envs_per_shard"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"{name} is {getattr(config, name)} but must be at least 1")
+    if not 0 <= config.epsilon <= 1:
+        raise ValueError(f"epsilon is {config.epsilon} but must be between 0 and 1")
+    check_device(config.device)
+    make_agent(config.agent)
+    spec = environment_spec(config.env)
+    cores = tuple(sorted(os.sched_getaffinity(0)))
+    devices = torch.cuda.device_count() if config.device == "cuda" else 0
+    texts = tuple(layouts) or config.layouts
+    world_size = launched_world_size() if launched() else None
+    if texts:
+        rows = [Layout.parse(t, num_microbatches=config.num_microbatches, cores=len(cores)) for t in texts]
+    else:
+        rows = default_layouts(config.num_microbatches, len(cores), devices, world_size)
+    rows = list(dict.fromkeys(rows))
+    if world_size is not None:
+        check_world_size(max(row.ranks for row in rows), world_size)
+    job = Job(
+        config=config,
+        network=network or config.network,
+        network_name=_name(network or config.network, config.width),
+        spec=spec,
+        layouts=tuple(rows),
+        cores=cores,
+        environment=Environment.current(f"{devices} × {torch.cuda.get_device_name()}" if devices else ""),
+    )
+    num_layers = len(job.make_network())
+    for row in rows:
+        row.parallelism.check_batch(config.batch_size)
+        row.parallelism.check_shards(config.num_shards, config.batch_size)
+        if row.pipeline > num_layers:
+            raise ValueError(
+                f"layout {row.name} wants p = {row.pipeline} stages but {job.network_name} has {num_layers} layers "
+                "in its nn.Sequential; use at most that many stages, or return a flat nn.Sequential of more layers"
+            )
+    _check_writable(config.out)
+    if world_size is None:
+        check_port(config.port)
+    return job
+
+
+def _name(network: str | NetworkFunction, width: float | None) -> str:
+    name = network if isinstance(network, str) else getattr(network, "__name__", type(network).__name__)
+    return f"{name} ×{width:g}" if width is not None else name
+
+
+def _check_writable(out: Path) -> None:
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / f".writable-{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from error

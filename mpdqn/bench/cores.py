@@ -1,0 +1,45 @@
+"""A rank's share of the machine: its cores, its threads, its memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+from pathlib import Path
+
+import torch
+
+
+def pin(cores: list[int], share: int, rank: int) -> None:
+    """Give this process ``share`` threads on ``share`` of ``cores``: rank 0 the first ones, rank 1 the next, and so on.
+
+    Where the ranks want more cores than there are, they wrap around and share.
+    """
+    own = {cores[(rank * share + i) % len(cores)] for i in range(share)}
+    torch.set_num_threads(share)
+    # Threads that the process started earlier (OpenMP's, gloo's) keep their own affinity: move each of them.
+    for thread in Path("/proc/self/task").iterdir():
+        try:
+            os.sched_setaffinity(int(thread.name), own)
+        except ProcessLookupError:  # it ended meanwhile
+            continue
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Start a new peak: hand unused memory back to the system, then reset the kernel's (or CUDA's) high-water mark."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """The peak since `reset_peak_memory`, in bytes: resident memory of this process, or allocated on its GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
+    return int(line.split()[1]) * 1024

@@ -1,0 +1,144 @@
+"""`Layout`: one row of a comparison, written as text.
+
+single@1          one process with one thread             dp2              d = 2 replicas
+single@all/m8     all cores, 8 micro-batches              pp2-1f1b/m8      p = 2 stages, schedule 1f1b, m = 8
+dp2xpp2-gpipe/m8  d = 2 × p = 2                           pp2-1f1b+stacked both stages in one process
+2*single@1/m8     two independent processes, a yardstick for p = 2 or d = 2 without any messages
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Self
+
+from mpdqn.plan import Parallelism, Partition, Plan
+from mpdqn.schedule.tables import SCHEDULES, action_table
+
+_FORM = re.compile(
+    r"(?:(?P<copies>\d+)\*)?(?:single|dp(?P<data>\d+)(?:xpp(?P<both>\d+))?|pp(?P<pipeline>\d+))"
+    r"(?:-(?P<schedule>[a-z0-9_]+))?(?P<options>(?:\+stacked|/m\d+|@\d+|@all)*)"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """d × p, m and the schedule, with the threads of each rank.
+
+    ``share`` is an equal share of the cores, which a rank has unless its ``threads`` say otherwise.
+    ``copies`` > 1 are independent processes side by side that never talk; ``stacked`` runs a replica's stages in one
+    process.
+    """
+
+    data: int = 1
+    pipeline: int = 1
+    num_microbatches: int = 1
+    schedule: str = "gpipe"
+    threads: int = 1
+    share: int = 1
+    copies: int = 1
+    stacked: bool = False
+
+    @classmethod
+    def parse(cls, text: str, *, num_microbatches: int, cores: int) -> Self:
+        """The layout that ``text`` means.
+
+        Args:
+            text: see the head of this file.
+            num_microbatches: m of pipelines for which the text gives none; other layouts then have 1.
+            cores: cores of this machine; a rank has an equal share of them unless the text says otherwise.
+
+        Raises:
+            ValueError: if the text is no layout, or names an unknown schedule.
+        """
+        match = _FORM.fullmatch(text)
+        if match is None:
+            raise ValueError(
+                f"{text!r} is no layout; write single@1, dp2, pp2-1f1b/m8 or dp2xpp2-gpipe/m8 (docs/layouts.md)"
+            )
+        options = re.findall(r"(\+stacked|/m|@)(\d+|all)?", match["options"])
+        given = {option: value for option, value in options}
+        pipeline = match["pipeline"] or match["both"]
+        layout = cls(
+            data=int(match["data"] or 1),
+            pipeline=int(pipeline or 1),
+            num_microbatches=int(given.get("/m") or (num_microbatches if pipeline else 1)),
+            schedule=match["schedule"] or SCHEDULES[0],
+            copies=int(match["copies"] or 1),
+            stacked="+stacked" in given,
+        )
+        action_table(layout.schedule, 1, 1)  # an unknown schedule is an error here, before any work
+        if min(layout.copies, layout.data, layout.pipeline, layout.num_microbatches) < 1:
+            raise ValueError(f"{text!r} has a count of 0; every count must be at least 1")
+        if layout.copies > 1 and layout.ranks > layout.copies:
+            raise ValueError(f"{text!r}: only single processes can be copied, like 2*single@1")
+        if layout.stacked and layout.pipeline == 1:
+            raise ValueError(f"{text!r}: one stage cannot be stacked; drop +stacked or write pp2+stacked")
+        share = cores if layout.ranks == 1 else max(1, cores // layout.ranks)
+        threads = cores if given.get("@") == "all" else int(given.get("@", share))
+        if threads < 1:
+            raise ValueError(f"{text!r} gives a rank 0 threads; give it at least 1")
+        return replace(layout, threads=threads, share=share)
+
+    @property
+    def ranks(self) -> int:
+        """The number of processes that this layout needs."""
+        return self.copies * self.data * (1 if self.stacked else self.pipeline)
+
+    @property
+    def name(self) -> str:
+        """The text form, in full."""
+        parts = [f"dp{self.data}"] * (self.data > 1) + [f"pp{self.pipeline}"] * (self.pipeline > 1)
+        name = f"{self.copies}*" * (self.copies > 1) + ("x".join(parts) or "single")
+        name += f"-{self.schedule}" * (self.pipeline > 1) + "+stacked" * self.stacked
+        name += f"@{self.threads}" * (not parts or self.threads != self.share)
+        return name + f"/m{self.num_microbatches}" * (self.num_microbatches > 1)
+
+    @property
+    def parallelism(self) -> Parallelism:
+        """d, p, m and the schedule."""
+        return Parallelism(
+            data=self.data,
+            pipeline=self.pipeline,
+            num_microbatches=self.num_microbatches,
+            schedule=self.schedule,
+        )
+
+    def plans(self, partition: Partition) -> list[Plan]:
+        """The plan of each copy; one plan unless these are independent processes."""
+        if self.copies > 1:
+            return [
+                Plan(partition=partition, parallelism=self.parallelism, placement=((rank,),))
+                for rank in range(self.copies)
+            ]
+        build = Plan.stacked if self.stacked else Plan.rectangular
+        return [build(partition, self.parallelism)]
+
+    def oversubscribed(self, cores: int, devices: int) -> bool:
+        """Whether its ranks together want more cores than there are, or more GPUs where GPUs are used."""
+        return self.ranks > devices if devices else self.ranks * self.threads > cores
+
+
+def default_layouts(num_microbatches: int, cores: int, devices: int = 0, world_size: int | None = None) -> list[Layout]:
+    """The layouts of the main job.
+
+    Args:
+        num_microbatches: m of the pipelines, and of the second single row.
+        cores: cores of this machine.
+        devices: GPUs of this machine, 0 on the CPU. With fewer than four a replica's stages share one process, because
+            NCCL refuses two ranks on one GPU.
+        world_size: the processes that torchrun started, if it did: layouts that need more are left out, and the
+            widest data-parallel, pipelined and hybrid layouts grow to that size.
+    """
+    m = f"/m{num_microbatches}" if num_microbatches > 1 else ""
+    texts = ["single@all", f"single@all{m}"]
+    if not devices:
+        texts = ["single@1", f"single@1{m}", *texts]
+    sizes = [2] if world_size is None or world_size <= 4 else [2, world_size]
+    stacked = "+stacked" if 0 < devices < 4 else ""
+    for n in sizes:
+        hybrid = f"dp{max(2, n // 2)}xpp2-1f1b{stacked}{m}"
+        texts += [f"dp{n}", f"pp{n}-gpipe{stacked}{m}", f"pp{n}-1f1b{stacked}{m}", hybrid]
+    layouts = [Layout.parse(text, num_microbatches=num_microbatches, cores=cores) for text in texts]
+    limit = world_size if world_size is not None else max(layout.ranks for layout in layouts)
+    return list(dict.fromkeys(layout for layout in layouts if layout.ranks <= limit))

@@ -1,0 +1,51 @@
+"""What a comparison leaves in its folder: records.jsonl ─▶ table.md, table.tex, throughput.svg, throughput.png."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpdqn.bench.comparison import compare_table
+from mpdqn.bench.plots import save, throughput_figure
+from mpdqn.bench.tables import Table
+from mpdqn.bench.verdict import verdict
+from mpdqn.records import RECORDS, Record, read_records
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The table of a comparison and its verdict in one sentence."""
+
+    table: Table
+    verdict: str
+
+    def markdown(self) -> str:
+        """Table, notes and verdict, as ``table.md`` holds them and a terminal shows them."""
+        return f"{self.table.markdown()}\nVerdict: {self.verdict}\n"
+
+
+def write_report(folder: Path, records: Iterable[Record]) -> Report:
+    """Write table and figure of ``records`` into ``folder``, over those of an earlier call; same records, same bytes.
+
+    Raises:
+        ValueError: if there are no records of a comparison, or one lacks a value.
+    """
+    records = tuple(records)
+    report = Report(table=compare_table(records), verdict=verdict(records))
+    (folder / "table.md").write_text(report.markdown(), encoding="utf-8")
+    (folder / "table.tex").write_text(report.table.latex(), encoding="utf-8")
+    save(throughput_figure(records), folder / "throughput")
+    return report
+
+
+def read_run(folder: Path) -> tuple[Record, ...]:
+    """The records of the run in ``folder``; ValueError if it holds none."""
+    path = folder / RECORDS
+    records = tuple(read_records(path)) if path.is_file() else ()
+    if not records:
+        raise ValueError(
+            f"{folder} has no records ({path} {'is empty' if path.is_file() else 'does not exist'}); "
+            "give the folder that `mpdqn compare` printed, results/compare/<run>, or run `mpdqn compare` first"
+        )
+    return records

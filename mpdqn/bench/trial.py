@@ -1,0 +1,281 @@
+"""`run_trials`: the part of a comparison that runs on every rank, alike.
+
+rank 0   collect ─ choose memory format ─ profile ─┐
+all ranks                       shards, profile ───┴─ for each round: A B C A B C …
+                                                      (build, warm up and check, time, take down)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from mpdqn.actors import collect
+from mpdqn.bench.config import Job
+from mpdqn.bench.cores import peak_memory, pin, reset_peak_memory
+from mpdqn.bench.costs import cost_table
+from mpdqn.bench.layouts import Layout
+from mpdqn.bench.measure import RankMeasurement, combine
+from mpdqn.dqn.agents import make_agent
+from mpdqn.environments import FRAMES_PER_ACTION
+from mpdqn.learner import Learner, LearnStep, gather_by_name
+from mpdqn.mesh import Mesh, World
+from mpdqn.networks import MemoryFormat, choose_memory_format, set_memory_format
+from mpdqn.partition import balance, profile
+from mpdqn.plan import Partition, Profile
+from mpdqn.records import RECORDS, Record, Value, append_records, read_records
+from mpdqn.replay import VirtualShards
+
+PROFILE_REPEATS = 3
+
+
+def run_trials(job: Job) -> tuple[Path, tuple[Record, ...]]:
+    """Measure every layout of ``job``; collective over the world that the launcher started.
+
+    Rank 0 makes the run's folder and appends each record to its ``records.jsonl`` as soon as it is taken.
+
+    Returns:
+        the folder and all records, on every rank.
+    """
+    with World.open(job.config.device, job.config.timeout) as world:
+        folder = world.from_first(_new_folder(job) if world.rank == 0 else Path())
+        Trials(world, job).run(folder)
+        return folder, world.from_first(tuple(read_records(folder / RECORDS)) if world.rank == 0 else ())
+
+
+def _new_folder(job: Job) -> Path:
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    name = re.sub(r"[^\w.-]+", "_", f"{stamp}-{job.config.env}-{job.network_name}")
+    folder = job.config.out / name
+    folder.mkdir(parents=True, exist_ok=False)
+    return folder
+
+
+class Trials:
+    """The trials of one comparison, as one rank sees them."""
+
+    def __init__(self, world: World, job: Job) -> None:
+        self._world, self._job, self._config = world, job, job.config
+        self._agent = make_agent(self._config.agent)
+        self._first = world.rank == 0
+        self._everything = len(job.cores)
+
+    def run(self, folder: Path) -> None:
+        """Prepare, then measure every layout in every round; rank 0 writes to ``folder``."""
+        self._shards = self._collect()
+        self._profile = self._measure_layers()
+        self._cuts = {layout.pipeline: self._cut(layout.pipeline) for layout in self._job.layouts}
+        if self._first:
+            print(cost_table(self._profile, self._cuts.values()).markdown(), flush=True)
+            about = {
+                "environment": asdict(self._job.environment),
+                "config": asdict(self._config),
+                "network": self._job.network_name,
+            }
+            (folder / "environment.json").write_text(json.dumps(about, indent=1, default=str) + "\n")
+            (folder / "profile.json").write_text(self._profile.to_json() + "\n")
+        reference = self._reference()
+        errors: dict[Layout, dict[str, Value]] = {}
+        turns = [(r, layout) for r in range(self._config.rounds) for layout in self._job.layouts]
+        for r, layout in tqdm(turns, desc="trials", unit="trial", disable=not self._first, file=sys.stderr):
+            if r == 0:
+                errors[layout] = self._check(layout, reference)
+            ranks = self._trial(layout)
+            if self._first:
+                values = combine(layout, ranks, self._config.batch_size, self._profile, len(self._agent.passes))
+                record = Record(
+                    experiment="compare",
+                    row=layout.name,
+                    round=r,
+                    seed=self._config.seed,
+                    settings=self._settings(layout),
+                    values={**values, **errors[layout]},
+                    environment=self._job.environment,
+                )
+                append_records(folder / RECORDS, [record])
+
+    def _collect(self) -> VirtualShards:
+        """Real transitions in every shard: rank 0 plays, the others get whole shards."""
+        config = self._config
+        shards = VirtualShards(
+            observation_shape=self._job.spec.observation_shape,
+            num_shards=config.num_shards,
+            capacity=config.transitions,
+            envs_per_shard=config.envs_per_shard,
+            seed=config.seed,
+            stack=self._job.spec.observation_shape[0],
+        )
+        pin(list(self._job.cores), self._everything, 0)
+        if self._first:
+            network = self._job.make_network().to(self._world.device)
+            stats = collect(
+                network,
+                config.env,
+                shards,
+                num_transitions=config.transitions,
+                epsilon=config.epsilon,
+                seed=config.seed,
+                progress=True,
+                device=self._world.device,
+            )
+            print(
+                f"collected {stats.transitions} transitions ({stats.frames} frames) of {config.env} in "
+                f"{stats.seconds:.1f} s: {stats.episodes} episodes ended, {len(shards)} transitions can be sampled",
+                flush=True,
+            )
+        state = {name: tensor.clone() for name, tensor in shards.state().items()}
+        for tensor in state.values():
+            dist.broadcast(tensor, src=0, group=self._world.lobby)
+        shards.load_state(state)
+        return shards
+
+    def _measure_layers(self) -> Profile:
+        """Memory format and layer costs as rank 0 measures them, on the cores that one rank of a pipeline has."""
+        text = ""
+        if self._first:
+            pipelines = [layout for layout in self._job.layouts if layout.pipeline > 1]
+            threads = min((layout.threads for layout in pipelines), default=self._everything)
+            pin(list(self._job.cores), threads, 0)
+            network = self._job.make_network().to(self._world.device)
+            frames = self._shards.sample(self._config.batch_size, 0).obs.to(self._world.device)
+            part = frames[: max(1, len(frames) // self._config.num_microbatches)]
+            set_memory_format(network, choose_memory_format(network, part, repeats=PROFILE_REPEATS))
+            text = profile(network, frames, name=self._job.network_name, repeats=PROFILE_REPEATS, warmup=1).to_json()
+        self._world.barrier()
+        return Profile.from_json(self._world.from_first(text))
+
+    def _cut(self, num_stages: int) -> Partition:
+        # A step runs each layer forward once with a graph and once more for every no-gradient pass.
+        return balance(self._profile, num_stages, forward_passes=1 + len(self._agent.passes))
+
+    def _reference(self) -> tuple[dict[str, Tensor], Tensor] | None:
+        """Gradients and TD errors of the single process on the first batch, on rank 0."""
+        layout = Layout(threads=self._everything)
+        learner = self._build(layout)
+        if learner is None:
+            return None
+        step = self._learn(learner, layout, 0)
+        assert step.td_errors is not None
+        return _gradients(learner), step.td_errors.cpu()
+
+    def _check(self, layout: Layout, reference: tuple[dict[str, Tensor], Tensor] | None) -> dict[str, Value]:
+        """On rank 0: how far the gradients and TD errors of one update are from those of the single process."""
+        learner = self._build(layout)
+        td_errors, gradients = None, {}
+        if learner is not None:
+            td_errors = self._learn(learner, layout, 0).td_errors
+            gradients = _gradients(learner)
+        parts = self._world.to_first(None if td_errors is None else td_errors.cpu())
+        if reference is None:
+            return {}
+        first_copy = [part for part in parts[: layout.ranks // layout.copies] if part is not None]
+        return {
+            "gradient_error": _relative_error(gradients, reference[0]),
+            "td_error_error": _relative_error({"": torch.cat(first_copy)}, {"": reference[1]}),
+        }
+
+    def _trial(self, layout: Layout) -> list[RankMeasurement]:
+        """One turn of ``layout``: build, warm up, time, take down. On rank 0 what every rank measured."""
+        reset_peak_memory(self._world.device)
+        learner = self._build(layout)
+        if learner is not None:
+            self._learn(learner, layout, 0)
+        self._world.barrier()
+        measured = self._time(learner, layout) if learner is not None else None
+        return [rank for rank in self._world.to_first(measured) if rank is not None]
+
+    def _time(self, learner: Learner, layout: Layout) -> RankMeasurement:
+        timelines, sent = [], 0
+        _synchronize(self._world.device)
+        begin = time.perf_counter()
+        for i in range(self._config.steps):
+            sent += self._learn(learner, layout, 1 + i).bytes_sent
+            timelines.append(learner.timeline())
+        _synchronize(self._world.device)
+        seconds = time.perf_counter() - begin
+        return RankMeasurement.of(self._world.rank, timelines, seconds, sent, peak_memory(self._world.device))
+
+    def _learn(self, learner: Learner, layout: Layout, update: int) -> LearnStep:
+        """One update on this replica's part of batch ``update``; its TD errors go back to the shards."""
+        if not learner.owns_shards:
+            return learner.learn(None)
+        share = self._config.num_shards // layout.data
+        owned = range(learner.mesh.replica * share, (learner.mesh.replica + 1) * share)
+        batch = self._shards.sample(self._config.batch_size, update, owned)
+        step = learner.learn(batch)
+        assert step.td_errors is not None
+        self._shards.return_td_errors(batch.index, step.td_errors.cpu(), owned)
+        return step
+
+    def _build(self, layout: Layout) -> Learner | None:
+        """This rank's learner in ``layout``, pinned to its share of the cores; None without a part."""
+        cut = self._cuts[layout.pipeline] if layout.pipeline in self._cuts else self._cut(layout.pipeline)
+        meshes = [Mesh(self._world, plan, self._agent.letters) for plan in layout.plans(cut)]
+        mesh = next((mesh for mesh in meshes if mesh.member), None)
+        if mesh is None:
+            return None
+        pin(list(self._job.cores), layout.threads, self._world.rank)
+        network = self._job.make_network().to(self._world.device)
+        set_memory_format(network, cast(MemoryFormat, self._profile.memory_format))
+        return Learner(
+            network,
+            mesh=mesh,
+            agent=self._agent,
+            batch_size=self._config.batch_size,
+            observation_shape=self._job.spec.observation_shape,
+        )
+
+    def _settings(self, layout: Layout) -> dict[str, Value]:
+        config, devices = self._config, torch.cuda.device_count() if self._config.device == "cuda" else 0
+        return {
+            "layout": layout.name,
+            "copies": layout.copies,
+            "data": layout.data,
+            "pipeline": layout.pipeline,
+            "schedule": layout.schedule,
+            "num_microbatches": layout.num_microbatches,
+            "ranks": layout.ranks,
+            "threads": layout.threads,
+            "stacked": layout.stacked,
+            "oversubscribed": layout.oversubscribed(self._everything, devices),
+            "network": self._job.network_name,
+            "head": config.head,
+            "environment": config.env,
+            "batch_size": config.batch_size,
+            "agent": config.agent,
+            "num_shards": config.num_shards,
+            "device": config.device,
+            "backend": dist.get_backend(),
+            "memory_format": self._profile.memory_format,
+            "boundaries": "-".join(map(str, self._cuts[layout.pipeline].boundaries)),
+            "steps": config.steps,
+            "frames_per_transition": FRAMES_PER_ACTION,
+        }
+
+
+def _gradients(learner: Learner) -> dict[str, Tensor]:
+    return gather_by_name(learner, {name: p.grad for name, p in learner.named_parameters() if p.grad is not None})
+
+
+def _relative_error(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """‖a − b‖₂ / ‖b‖₂ over all tensors together, in float64."""
+    if a.keys() != b.keys():
+        return float("inf")
+    difference = sum(float((a[name].double() - b[name].double()).square().sum()) for name in b)
+    return float((difference / sum(float(t.double().square().sum()) for t in b.values())) ** 0.5)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,260 @@
+"""`launch`: run one function in a pool of worker processes, through torch's own elastic launcher.
+
+    main process ── elastic agent ─┬─ python -m mpdqn.launch JOB PID   rank 0
+                                   ├─ python -m mpdqn.launch JOB PID   rank 1    JOB is a folder with job.pkl; a worker
+                                   └─ …                                          leaves result-R.pkl or failure-R.json
+
+The workers see the environment that torchrun gives, so a function runs alike in a pool and under torchrun. The first
+failure ends all workers at once, and the failure that is raised is the first *cause*: a worker that only lost its
+peer says so after the peer had time to say why. Workers end with the main process (PID), however it ends, and what they
+started themselves ends with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import logging
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import cloudpickle
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from mpdqn.mesh import launched_rank, tells_of_lost_peer
+
+GRACE_S = 3.0
+"""Seconds for which a worker that lost its peer waits before it fails, so that the peer's own failure is seen first."""
+
+
+class WorkerError(RuntimeError):
+    """A worker failed; the message gives its rank and its own error, a note its traceback."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Failure:
+    kind: str
+    message: str
+    trace: str
+    consequence: bool
+    at: float
+
+
+def check_port(port: int) -> None:
+    """Raise ValueError if TCP port ``port`` of the loopback interface is in use (0 stands for any free one)."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except (OSError, OverflowError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "ports are 0 to 65535"
+            raise ValueError(
+                f"port {port} on 127.0.0.1 cannot be used ({reason}); choose another, or --port 0 for a free one"
+            ) from error
+
+
+def launch(function: Callable[..., Any], *args: Any, num_workers: int, port: int = 0) -> list[Any]:
+    """Run ``function(*args)`` in ``num_workers`` processes on this host and return their results by rank.
+
+    The function and its arguments are pickled by value where they come from ``__main__``, so that scripts and notebooks
+    need no guard. They are the workers' own environment: `mpdqn.mesh.World.open` finds its peers there.
+
+    Args:
+        function: what every worker runs; its result must be picklable.
+        args: the same for every worker.
+        num_workers: how many processes, at least 1.
+        port: the rendezvous' TCP port on the loopback interface; 0 for a free one.
+
+    Raises:
+        ValueError: for a port that cannot be used, before any worker starts.
+        WorkerError: the first worker's failure that is not a consequence of another's; all workers have ended by then.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM; all workers have ended by then.
+    """
+    check_port(port)
+    run_id = uuid.uuid4().hex
+    with tempfile.TemporaryDirectory(prefix="mpdqn-") as folder:
+        job = Path(folder)
+        (job / "job.pkl").write_bytes(cloudpickle.dumps((function, args)))
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=num_workers,
+            run_id=run_id,
+            rdzv_backend="c10d",
+            rdzv_endpoint=f"127.0.0.1:{port}",
+            local_addr="127.0.0.1",
+            max_restarts=0,
+            monitor_interval=0.1,
+            shutdown_timeout=5,
+            logs_specs=DefaultLogsSpecs(log_dir=str(job / "agent")),  # or it would leave a folder behind
+        )
+        try:
+            with _quiet_agent(), _environment(_worker_environment()):
+                elastic_launch(config, sys.executable)("-m", "mpdqn.launch", str(job), str(os.getpid()))
+        except ChildFailedError as error:
+            raise _first_cause(job, error.failures, num_workers) from None
+        except SignalException as error:
+            raise KeyboardInterrupt(f"stopped by {error.sigval.name}") from None
+        finally:
+            _end_remaining(run_id)
+        return [pickle.loads((job / f"result-{rank}.pkl").read_bytes()) for rank in range(num_workers)]
+
+
+def run_worker(job: Path, parent: int) -> int:
+    """The body of one worker of process ``parent``: run the job, leave its result or failure, return the exit code."""
+    _end_with(parent)
+    rank = launched_rank()
+    try:
+        function, args = cloudpickle.loads((job / "job.pkl").read_bytes())
+        result = function(*args)
+        (job / f"result-{rank}.pkl").write_bytes(cloudpickle.dumps(result))
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    except BaseException as error:
+        at, consequence = time.time(), tells_of_lost_peer(error)
+        failure = _Failure(
+            kind=type(error).__name__,
+            message=str(error),
+            trace="".join(traceback.format_exception(error)),
+            consequence=consequence,
+            at=at,
+        )
+        # Whole or not at all: the agent may end this process while it writes.
+        draft = job / f"failure-{rank}.part"
+        draft.write_text(json.dumps(asdict(failure)))
+        draft.rename(job / f"failure-{rank}.json")
+        if consequence:
+            time.sleep(GRACE_S)
+        return 1
+    return 0
+
+
+def _first_cause(job: Path, failures: Mapping[int, ProcessFailure], num_workers: int) -> WorkerError:
+    """The error to show: a worker's own fault before a killed worker before a consequence, the earliest of each."""
+    paths = {rank: job / f"failure-{rank}.json" for rank in range(num_workers)}
+    told = {rank: _Failure(**json.loads(path.read_text())) for rank, path in paths.items() if path.exists()}
+    ending = min((failure.at for failure in told.values()), default=float("inf")) + 2 * GRACE_S
+    found: list[tuple[int, float, int, str, str]] = []
+    for rank in range(num_workers):
+        if rank in told:
+            failure = told[rank]
+            text = f"{failure.kind}: {failure.message}"
+            found.append((2 if failure.consequence else 0, failure.at, rank, text, failure.trace))
+        elif rank in failures:
+            code, at = failures[rank].exitcode, float(failures[rank].timestamp)
+            # The agent ends the others once one has failed, with SIGTERM and half a minute later with SIGKILL; that is
+            # never the cause.
+            ended = code == -signal.SIGTERM or at > ending
+            text = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+            found.append((3 if ended else 1, at, rank, text, ""))
+    _, _, rank, text, trace = min(found)
+    error = WorkerError(f"rank {rank} of {num_workers} failed: {text}")
+    if trace:
+        error.add_note(f"\nOn rank {rank}:\n{trace}")
+    return error
+
+
+def _end_with(parent: int) -> None:
+    """Have the kernel end this process when ``parent`` ends, even by SIGKILL, which leaves it no time to see to us."""
+    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
+    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it ended before we asked
+        os._exit(1)
+
+
+def _end_remaining(run_id: str) -> None:
+    """End every process of the job that is still there, a failed worker's own children too.
+
+    The launcher's variable TORCHELASTIC_RUN_ID, which they inherit, tells them. Most notice by themselves that their
+    worker is gone and clean up behind it, so that they get some time for it.
+    """
+    mark = f"TORCHELASTIC_RUN_ID={run_id}".encode()
+    patience = time.monotonic() + GRACE_S
+    while left := [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if mark in _environ(pid)]:
+        late = time.monotonic() - patience
+        for pid in left if late > 0 else ():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if late > GRACE_S:  # it hangs in the kernel, where no signal reaches it
+            return
+        time.sleep(0.05)
+
+
+def _environ(pid: int) -> list[bytes]:
+    """The environment with which process ``pid`` was started; empty if it is gone or another user's."""
+    try:
+        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return []
+
+
+def _worker_environment() -> dict[str, str]:
+    package_root = str(Path(__file__).resolve().parent.parent)
+    path = os.environ.get("PYTHONPATH", "")
+    return {
+        "GLOO_SOCKET_IFNAME": "lo",
+        "TORCH_DISTRIBUTED_DEBUG": "OFF",
+        "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
+        # The workers must find the same mpdqn and the user's own modules, wherever they were started from.
+        "PYTHONPATH": os.pathsep.join([p for p in (*sys.path, package_root, path) if p]),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+class _environment:
+    """The given variables in os.environ, for the agent's children to inherit, and the old values afterwards."""
+
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        self._variables = variables
+
+    def __enter__(self) -> None:
+        self._old = {name: os.environ.get(name) for name in (*self._variables, "TORCHELASTIC_SIGNALS_TO_HANDLE")}
+        os.environ.update(self._variables)
+
+    def __exit__(self, *_: object) -> None:
+        for name, value in self._old.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+class _quiet_agent:
+    """The elastic agent's log held back: what it has to say is raised as one clear error."""
+
+    def __enter__(self) -> None:
+        self._logger = logging.getLogger("torch.distributed.elastic")
+        self._level = self._logger.level
+        # The agent sets handlers of its own, where it may (in the main thread), and leaves them behind.
+        own = threading.current_thread() is threading.main_thread()
+        handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT) if own else ()
+        self._handlers = {name: signal.getsignal(name) for name in handled}
+        self._logger.setLevel(logging.CRITICAL + 1)
+
+    def __exit__(self, *_: object) -> None:
+        self._logger.setLevel(self._level)
+        for name, handler in self._handlers.items():
+            signal.signal(name, handler)
+
+
+if __name__ == "__main__":
+    code = run_worker(Path(sys.argv[1]), int(sys.argv[2]))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # A failed worker leaves at once: the ordinary way out would wait for peers that are gone.
+    os._exit(code) if code else sys.exit(0)

@@ -1,0 +1,83 @@
+"""`Stage`: one stage's layers of the online and of the target network."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mpdqn.partition.split import split
+from mpdqn.plan import Partition
+
+
+@dataclass(kw_only=True)
+class Stage:
+    """Stage ``index``: the same layers of the online and the target network, with global parameter names.
+
+    ``example_input`` and ``example_output`` are meta tensors of one micro-batch, with the shape, dtype and strides that
+    every micro-batch has at this stage's two ends.
+    """
+
+    index: int
+    online: nn.Sequential
+    target: nn.Sequential
+    example_input: Tensor
+    example_output: Tensor
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The online parameters, under their global names."""
+        return self.online.named_parameters()
+
+    @torch.no_grad()
+    def refresh_target(self) -> None:
+        """Target ← online: a copy inside the stage, nothing crosses the network (Mnih et al. 2015)."""
+        for target, online in zip(self.target.state_dict().values(), self.online.state_dict().values(), strict=True):
+            target.copy_(online)
+
+
+def build_stages(
+    network: nn.Sequential,
+    partition: Partition,
+    indices: tuple[int, ...],
+    frames: tuple[int, int, int],
+    microbatch_size: int,
+    device: torch.device,
+) -> list[Stage]:
+    """The stages ``indices`` of ``network`` on ``device``, each with a target network that starts as a copy.
+
+    Args:
+        network: the whole chain, input uint8 [B, C, H, W], output [B, A]; its parameters become the online ones.
+        partition: where it is cut.
+        indices: which stages are wanted here.
+        frames: C, H, W of an observation.
+        microbatch_size: rows of each micro-batch.
+        device: where the stages live.
+    """
+    modules = split(network, partition)
+    ends = _boundaries(modules, frames, microbatch_size)
+    stages = []
+    for index in indices:
+        online = modules[index].to(device)
+        target = copy.deepcopy(online).requires_grad_(False)
+        stages.append(
+            Stage(index=index, online=online, target=target, example_input=ends[index], example_output=ends[index + 1])
+        )
+    return stages
+
+
+@torch.no_grad()
+def _boundaries(modules: list[nn.Sequential], frames: tuple[int, int, int], microbatch_size: int) -> list[Tensor]:
+    """Meta tensors of one micro-batch at the input and after each stage, seen by sending two real frames through."""
+    device = next((p.device for module in modules for p in module.parameters()), torch.device("cpu"))
+    x = torch.zeros((2, *frames), dtype=torch.uint8, device=device)
+    ends = [torch.empty((microbatch_size, *frames), dtype=torch.uint8, device="meta")]
+    for module in modules:
+        x = module(x)
+        channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        end = torch.empty((microbatch_size, *x.shape[1:]), dtype=x.dtype, device="meta", memory_format=layout)
+        ends.append(end.requires_grad_())
+    return ends

@@ -1,0 +1,41 @@
+"""`--render-only` draws from the records alone, and the same records give the same files."""
+
+from pathlib import Path
+
+import pytest
+
+from mpdqn.bench.compare import render
+from mpdqn.bench.report import read_run, write_report
+from mpdqn.records import RECORDS, append_records
+from tests.bench.test_plots import comparison
+
+FILES = ("table.md", "table.tex", "throughput.svg", "throughput.png")
+
+
+def test_a_report_is_drawn_again_from_the_records_alone(tmp_path: Path) -> None:
+    first = write_report(tmp_path, comparison())
+    written = {name: (tmp_path / name).read_bytes() for name in FILES}
+    append_records(tmp_path / RECORDS, comparison())
+    for name in FILES:
+        (tmp_path / name).unlink()
+    again = render(tmp_path)
+    assert (again.table, again.verdict) == (first.table, first.verdict)
+    assert {name: (tmp_path / name).read_bytes() for name in FILES} == written
+    assert read_run(tmp_path) == tuple(comparison())
+
+
+def test_the_markdown_holds_table_and_verdict(tmp_path: Path) -> None:
+    report = write_report(tmp_path, comparison())
+    text = (tmp_path / "table.md").read_text()
+    assert text == report.markdown()
+    assert report.table.markdown() in text
+    assert text.endswith(f"Verdict: {report.verdict}\n")
+    assert (tmp_path / "table.tex").read_text() == report.table.latex()
+
+
+def test_a_folder_without_records_is_refused_with_the_next_step(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"does not exist\); give the folder that `mpdqn compare` printed"):
+        render(tmp_path)
+    (tmp_path / RECORDS).touch()
+    with pytest.raises(ValueError, match="is empty"):
+        render(tmp_path)

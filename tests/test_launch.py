@@ -1,0 +1,351 @@
+"""The worker pool with real processes and real signals: results, the first cause, and nothing left behind."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpdqn.launch import WorkerError, check_port, launch
+from mpdqn.mesh import Mesh, PeerLost, World
+from mpdqn.plan import Parallelism, Partition, Plan
+from tests.distributed import run_ranks
+
+ROOT = Path(__file__).parents[1]
+START_S = 120.0
+"""Until workers must be there, on a machine with other work to do."""
+END_S = 60.0
+"""Until a run must have ended after a failure, and all of its processes with it."""
+
+
+def processes_of(folder: Path) -> list[str]:
+    """The command lines, other than this process's, that name ``folder``: workers and what they started."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(folder) in line and int(path.parent.name) != os.getpid():
+            found.append(line)
+    return found
+
+
+def assert_nothing_left(folder: Path) -> None:
+    assert not processes_of(folder)
+    assert not list(folder.glob("mpdqn-*"))
+    assert not list(folder.glob("torchelastic*"))
+
+
+def wait_for(condition: Any, seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} within {seconds:g} s"
+        time.sleep(0.05)
+
+
+def start_child(folder: Path) -> None:
+    """A process of the worker's own, which would outlive it by far."""
+    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)", str(folder)])
+
+
+def pipeline_of_two(world: World) -> Mesh:
+    return Mesh(world, Plan.rectangular(Partition(boundaries=(0, 1, 2)), Parallelism(pipeline=2)), "")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of the test's own, in which `launch` puts its job, so that the workers' command lines name it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+# Results
+
+
+def test_results_come_by_rank_and_the_process_is_as_it_was(folder: Path):
+    handled = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    handlers, environment = [signal.getsignal(s) for s in handled], dict(os.environ)
+    factor = 10
+
+    class Local:
+        """Neither this class nor the lambda can be imported by a worker."""
+
+        def __init__(self, value: torch.Tensor) -> None:
+            self.value = value
+
+    def name_and_ranks(base: torch.Tensor) -> tuple[Any, ...]:
+        with World.open() as world:
+            world.barrier()
+            # As for a function of __main__: pickled by value, the closure with it.
+            return Local(factor * base + world.rank), world.rank, world.size, os.getpid()
+
+    results = launch(name_and_ranks, torch.tensor([1.0, 2.0]), num_workers=2)
+    assert [r[0].value.tolist() for r in results] == [[10.0, 20.0], [11.0, 21.0]]
+    assert [r[1:3] for r in results] == [(0, 2), (1, 2)]
+    assert len({os.getpid(), *(r[3] for r in results)}) == 3
+    assert_nothing_left(folder)
+    assert [signal.getsignal(s) for s in handled] == handlers
+    assert dict(os.environ) == environment
+
+
+def test_a_lambda_in_a_script_runs_as_it_does_under_the_guard(folder: Path):
+    code = "from mpdqn.launch import launch\nk = 7\nprint(launch(lambda x: [x * k], 6, num_workers=1))"
+    script = folder / "script.py"
+    script.write_text(code)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", str(script)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+    )
+    assert (done.returncode, done.stdout) == (0, "[[42]]\n"), done.stderr
+    assert done.stderr == ""
+    assert_nothing_left(folder)
+
+
+# Failures
+
+
+def raise_after_leaving(folder: Path) -> None:
+    world = World.open()
+    mesh = pipeline_of_two(world)
+    start_child(folder)
+    world.barrier()
+    if world.rank == 0:
+        mesh.receive(torch.zeros(3), 1, "F").wait()  # ends with PeerLost, before rank 1 has said what is the matter
+    world.close()
+    time.sleep(0.5)
+    raise ZeroDivisionError("the cause,\nin two lines")
+
+
+def test_a_workers_own_error_is_raised_though_its_peer_failed_first(folder: Path):
+    start = time.monotonic()
+    with pytest.raises(WorkerError) as caught:
+        launch(raise_after_leaving, folder, num_workers=2)
+    assert str(caught.value) == "rank 1 of 2 failed: ZeroDivisionError: the cause,\nin two lines"
+    notes = "".join(caught.value.__notes__)
+    assert "On rank 1:\nTraceback (most recent call last)" in notes
+    assert 'raise ZeroDivisionError("the cause' in notes
+    assert caught.value.__suppress_context__
+    assert time.monotonic() - start < START_S + END_S
+    assert_nothing_left(folder)
+
+
+def kill_in_communication(folder: Path) -> None:
+    world = World.open()
+    mesh = pipeline_of_two(world)
+    start_child(folder)
+    world.barrier()
+    if world.rank == 0:
+        # The agent ends this rank with SIGTERM as soon as it sees the other gone; hold out until the message tells.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        try:
+            mesh.receive(torch.zeros(3), 1, "F").wait()
+        except PeerLost as error:
+            (folder / "lost").write_text(str(error))
+            raise
+    mesh.send(torch.zeros(4_000_000), 0, "B")  # nobody receives it
+    (folder / "killed").write_text(str(time.time()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_killed_worker_is_named_with_its_signal(folder: Path):
+    with pytest.raises(WorkerError) as caught:
+        launch(kill_in_communication, folder, num_workers=2)
+    seconds = time.time() - float((folder / "killed").read_text())
+    assert str(caught.value) == "rank 1 of 2 failed: killed by SIGKILL"
+    assert (folder / "lost").read_text().startswith("rank 0 (stages (0,)) got no F from rank 1")
+    assert seconds < END_S
+    assert_nothing_left(folder)
+
+
+def test_a_worker_that_leaves_without_a_word_is_named_with_its_exit_code(folder: Path):
+    with pytest.raises(WorkerError, match=r"^rank 0 of 1 failed: exited with code 3$"):
+        launch(os._exit, 3, num_workers=1)
+    assert_nothing_left(folder)
+
+
+def test_ranks_that_do_not_end_are_ended(folder: Path):
+    with pytest.raises(TimeoutError, match="1 ranks did not end within 4 s"):
+        run_ranks(time.sleep, 600, num_ranks=1, timeout=4)
+    assert_nothing_left(folder)
+
+
+# Ports
+
+
+def test_a_port_in_use_is_refused_before_any_worker_starts(folder: Path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ValueError, match=rf"port {port} on 127\.0\.0\.1 cannot be used \(Address already in use\)"):
+            launch(start_child, folder, num_workers=2, port=port)
+    assert_nothing_left(folder)
+    check_port(port)
+
+
+def test_a_number_that_is_no_port_is_refused():
+    with pytest.raises(ValueError, match=r"port 70000 on 127\.0\.0\.1 cannot be used \(ports are 0 to 65535\)"):
+        check_port(70000)
+    check_port(0)
+
+
+# Signals
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from mpdqn.launch import WorkerError, launch
+from tests import test_launch
+
+folder = Path(sys.argv[2])
+try:
+    launch(getattr(test_launch, sys.argv[1]), folder, num_workers=2)
+except WorkerError as error:
+    (folder / "error").write_text(str(error))
+"""
+
+
+def wait_forever(folder: Path) -> None:
+    """Rank 0 waits inside gloo, where no signal handler of Python's can run; rank 1 in Python."""
+    world = World.open(timeout_s=600)
+    mesh = pipeline_of_two(world)
+    start_child(folder)
+    (folder / f"ready-{world.rank}").touch()
+    if world.rank == 0:
+        mesh.receive(torch.zeros(3), 1, "F").wait()
+    time.sleep(600)
+
+
+def stop_one(folder: Path) -> None:
+    world = World.open()
+    mesh = pipeline_of_two(world)
+    world.timeout = timedelta(seconds=3)
+    start_child(folder)
+    world.barrier()
+    if world.rank == 0:
+        mesh.receive(torch.zeros(3), 1, "F").wait()
+    (folder / "stopped").write_text(str(time.time()))
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+
+def start_script(function: str, folder: Path) -> subprocess.Popen[str]:
+    """A Python process that calls `launch`, in a process group of its own, as a shell would start it."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", SCRIPT, function, str(folder)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        process_group=0,
+    )
+
+
+def end_script(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        process.kill()
+    process.communicate()
+
+
+@pytest.fixture
+def waiting(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    process = start_script("wait_forever", tmp_path)
+    yield process
+    end_script(process)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def with_a_stopped_worker(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[tuple[subprocess.Popen[str], Path]]:
+    """A run with a stopped worker, beside the other tests: it takes half a minute, most of it waiting."""
+    folder = tmp_path_factory.mktemp("stopped")
+    process = start_script("stop_one", folder)
+    yield process, folder
+    end_script(process)
+
+
+def at_work(folder: Path) -> bool:
+    return all((folder / f"ready-{rank}").exists() for rank in (0, 1))
+
+
+def starting(folder: Path) -> bool:
+    return sum("-m mpdqn.launch" in line for line in processes_of(folder)) == 2
+
+
+@pytest.mark.parametrize("to", ["group", "parent"])
+@pytest.mark.parametrize("when", ["starting", "at_work"])
+def test_ctrl_c_ends_all_workers(waiting: subprocess.Popen[str], tmp_path: Path, to: str, when: str):
+    wait_for(lambda: globals()[when](tmp_path), START_S, "workers")
+    (os.killpg if to == "group" else os.kill)(waiting.pid, signal.SIGINT)
+    output, _ = waiting.communicate(timeout=END_S)
+    assert waiting.returncode == -signal.SIGINT, output
+    assert output.rstrip().splitlines()[-1].startswith("KeyboardInterrupt"), output
+    assert_nothing_left(tmp_path)
+
+
+def test_workers_end_with_their_parent_even_if_it_was_killed(waiting: subprocess.Popen[str], tmp_path: Path):
+    wait_for(lambda: at_work(tmp_path), START_S, "workers")
+    assert any("-m mpdqn.launch" in line for line in processes_of(tmp_path))
+    waiting.kill()
+    wait_for(lambda: not any("-m mpdqn.launch" in line for line in processes_of(tmp_path)), END_S, "end")
+    for pid in [int(p.parent.name) for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path) in read(p)]:
+        os.kill(pid, signal.SIGKILL)  # the workers' own children are orphans now
+
+
+def read(path: Path) -> str:
+    try:
+        return path.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+def test_a_stopped_worker_is_named_by_its_peers_timeout_and_ended(
+    with_a_stopped_worker: tuple[subprocess.Popen[str], Path],
+):
+    process, folder = with_a_stopped_worker
+    wait_for((folder / "stopped").exists, START_S, "stopped worker")
+    output, _ = process.communicate(timeout=START_S)
+    assert process.returncode == 0, output
+    seconds = (folder / "error").stat().st_mtime - float((folder / "stopped").read_text())
+    message = (folder / "error").read_text()
+    assert message.startswith("rank 0 of 2 failed: PeerLost: rank 0 (stages (0,)) got no F from rank 1 within 3 s")
+    assert seconds < END_S
+    assert_nothing_left(folder)
+
+
+# torchrun
+
+
+def test_the_same_world_opens_under_torchrun(tmp_path: Path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from mpdqn.mesh import World\n"
+        "with World.open() as world:\n"
+        "    ranks = world.to_first(world.rank)\n"
+        "    if world.rank == 0:\n"
+        "        print('ranks', ranks)\n"
+    )
+    torchrun = Path(sys.executable).with_name("torchrun")
+    done = subprocess.run(
+        [torchrun, "--standalone", "--nproc-per-node", "2", script],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+    )
+    assert (done.returncode, done.stdout) == (0, "ranks [0, 1]\n"), done.stderr

@@ -1,0 +1,237 @@
+"""`World` and `Mesh`, on real gloo ranks: three that work together, and two of which one falls silent and goes."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpdqn.mesh import LABELS, TD_ERRORS, Mesh, Message, PeerLost, World, check_device, check_world_size
+from mpdqn.plan import Parallelism, Partition, Plan
+from tests.distributed import run_ranks
+
+ROOT = Path(__file__).parents[1]
+
+
+def plan_of(d: int, p: int, build: Callable[..., Plan] = Plan.rectangular) -> Plan:
+    return build(Partition(boundaries=tuple(range(p + 1))), Parallelism(data=d, pipeline=p))
+
+
+def numbers(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def three_ranks() -> dict[str, Any]:
+    """A pipeline on ranks 0 and 1, then all three as replicas, then two stages on each of two ranks."""
+    with World.open(timeout_s=60) as world:
+        rank, seen = world.rank, {}
+        seen["world"] = (rank, world.size, world.device.type)
+        seen["from_first"] = world.from_first({"of": rank})
+        seen["to_first"] = world.to_first((rank, "x" * rank))
+
+        pipe = Mesh(world, plan_of(1, 2), "TD")
+        seen["pipe"] = (pipe.stages, pipe.member, pipe.replica, pipe.num_stages)
+        if pipe.member:
+            seen["ends"] = (pipe.first_rank, pipe.last_rank, [pipe.rank_of(j) for j in range(2)])
+        if rank == 0:
+            # Kinds interleave in one order here and are received in another; within a kind the order holds.
+            kinds = ["T", "F", "T", "D", "F", LABELS, "D", "F"]
+            leaving = [pipe.send(numbers(i, i + 0.5), 1, kind) for i, kind in enumerate(kinds)]
+            back = [torch.empty(3, dtype=torch.int64), torch.empty(2)]
+            arriving = [pipe.receive(back[0], 1, TD_ERRORS), pipe.receive(back[1], 1, "B")]
+            for message in (*leaving, *arriving):
+                message.wait()
+            seen["back"] = [b.tolist() for b in back]
+        if rank == 1:
+            for kind, count in (("F", 3), (LABELS, 1), ("D", 2), ("T", 2)):
+                buffers = [torch.empty(2, dtype=torch.float64) for _ in range(count)]
+                for message in [pipe.receive(b, 0, kind) for b in buffers]:
+                    message.wait()
+                seen[kind] = [b[0].item() for b in buffers]
+            for message in [pipe.send(torch.ones(2), 0, "B"), pipe.send(torch.arange(3), 0, TD_ERRORS)]:
+                message.wait()
+        seen["bytes"] = (pipe.reset_bytes(), pipe.bytes_sent)
+
+        replicas = Mesh(world, plan_of(3, 1), "T")
+        seen["replicas"] = (replicas.stages, replicas.replica, replicas.first_rank, replicas.last_rank)
+        tensor = numbers(rank, 10.0**rank, -1)
+        message = replicas.sum_over(replicas.replica_groups[0], tensor, "a test")
+        message.wait()
+        seen["sum"] = (tensor.tolist(), message.tensor is tensor, replicas.reset_bytes())
+
+        stacked = Mesh(world, plan_of(2, 2, Plan.stacked), "")
+        seen["stacked"] = (stacked.stages, stacked.replica, sorted(stacked.replica_groups))
+        seen["groups"] = world.group([0, 1]) is world.group((0, 1))
+        with pytest.raises(ValueError, match="places stages") as error:
+            Mesh(world, plan_of(2, 2), "")
+        seen["too large"] = str(error.value)
+        world.barrier()
+        return seen
+
+
+@pytest.fixture(scope="module")
+def three() -> list[dict[str, Any]]:
+    return run_ranks(three_ranks, num_ranks=3)
+
+
+def test_every_rank_knows_itself_and_the_world(three: list[dict[str, Any]]):
+    assert [seen["world"] for seen in three] == [(rank, 3, "cpu") for rank in range(3)]
+
+
+def test_values_travel_from_and_to_the_first_rank(three: list[dict[str, Any]]):
+    assert [seen["from_first"] for seen in three] == [{"of": 0}] * 3
+    assert [seen["to_first"] for seen in three] == [[(0, ""), (1, "x"), (2, "xx")], [], []]
+
+
+def test_a_plan_laid_over_the_world_gives_each_rank_its_part(three: list[dict[str, Any]]):
+    assert [seen["pipe"] for seen in three] == [((0,), True, 0, 2), ((1,), True, 0, 2), ((), False, -1, 2)]
+    assert three[0]["ends"] == three[1]["ends"] == (0, 1, [0, 1])
+    assert [seen["replicas"] for seen in three] == [((0,), rank, rank, rank) for rank in range(3)]
+    assert [seen["stacked"] for seen in three] == [((0, 1), 0, [0, 1]), ((0, 1), 1, [0, 1]), ((), -1, [])]
+
+
+def test_messages_are_matched_by_kind_and_within_a_kind_in_order(three: list[dict[str, Any]]):
+    received = three[1]
+    assert (received["T"], received["F"], received["D"], received[LABELS]) == ([0, 2], [1, 4, 7], [3, 6], [5])
+    assert three[0]["back"] == [[0, 1, 2], [1.0, 1.0]]
+
+
+def test_bytes_sent_are_counted_until_they_are_reset(three: list[dict[str, Any]]):
+    # rank 0: 8 messages of 2 float64; rank 1: 2 float32 and 3 int64; rank 2 has no part
+    assert [seen["bytes"] for seen in three] == [(8 * 16, 0), (2 * 4 + 3 * 8, 0), (0, 0)]
+
+
+def test_a_sum_reaches_every_rank_of_the_group(three: list[dict[str, Any]]):
+    # the ring sends 2·(3 − 1)/3 of 3 float64
+    assert [seen["sum"] for seen in three] == [([3.0, 111.0, -3.0], True, 32)] * 3
+
+
+def test_a_group_is_made_once(three: list[dict[str, Any]]):
+    assert all(seen["groups"] for seen in three)
+
+
+def test_a_plan_for_more_ranks_than_the_world_has_is_refused(three: list[dict[str, Any]]):
+    complaint = "the plan places stages on rank 3 but the world has 3 ranks; start at least 4"
+    assert [seen["too large"] for seen in three] == [complaint] * 3
+
+
+def lost_peer(folder: Path) -> dict[str, tuple[str, float]]:
+    """Rank 1 is silent for longer than 3 s, then goes; rank 0 tells how each kind of message complained."""
+    world = World.open(timeout_s=60)
+    pipe, replicas = Mesh(world, plan_of(1, 2), "TD"), Mesh(world, plan_of(2, 1), "")
+    world.timeout = timedelta(seconds=3)  # only now: under load, the ranks may start further apart than that
+    world.barrier()
+    done = folder / "done"
+    if world.rank == 1:
+        while not done.exists():
+            time.sleep(0.05)
+        return {}
+    seen = {}
+
+    def attempt(name: str, post: Callable[[], Message]) -> None:
+        start = time.monotonic()
+        with pytest.raises(PeerLost) as error:
+            post().wait()
+        seen[name] = (str(error.value), time.monotonic() - start)
+
+    buffer, group = torch.zeros(5), replicas.replica_groups[0]
+    attempt("silent receive", lambda: pipe.receive(buffer, 1, "F"))
+    attempt("silent sum", lambda: replicas.sum_over(group, buffer, "the gradient sum of stage 0"))
+    attempt("after silence", lambda: pipe.receive(buffer, 1, "F"))
+    done.touch()
+    attempt("dying receive", lambda: pipe.receive(buffer, 1, "B"))
+    time.sleep(1)  # all of its sockets are closed by now
+    attempt("dead receive", lambda: pipe.receive(buffer, 1, "D"))
+    attempt("dead send", lambda: pipe.send(torch.zeros(4_000_000), 1, LABELS))
+    attempt("dead sum", lambda: replicas.sum_over(group, buffer, "the gradient sum of stage 0"))
+    with pytest.raises(PeerLost) as error:
+        world.barrier()
+    seen["barrier"] = (str(error.value), 0.0)
+    return seen
+
+
+@pytest.fixture(scope="module")
+def lost(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, float]]:
+    return run_ranks(lost_peer, tmp_path_factory.mktemp("lost"), num_ranks=2)[0]
+
+
+def test_a_silent_peer_is_given_up_after_the_timeout_and_both_ranks_are_named(lost: dict[str, tuple[str, float]]):
+    message, seconds = lost["silent receive"]
+    assert message.startswith("rank 0 (stages (0,)) got no F from rank 1 within 3 s: ")
+    assert "Timed out" in message
+    assert 2.9 < seconds < 60
+    message, seconds = lost["silent sum"]
+    assert message.startswith("rank 0 lost a rank of [0, 1] in the gradient sum of stage 0 within 3 s: ")
+    assert 2.9 < seconds < 60
+
+
+@pytest.mark.parametrize(
+    ("case", "start"),
+    [
+        ("after silence", "rank 0 (stages (0,)) got no F from rank 1"),
+        ("dying receive", "rank 0 (stages (0,)) got no B from rank 1"),
+        ("dead receive", "rank 0 (stages (0,)) got no D from rank 1"),
+        ("dead send", "rank 0 (stages (0,)) could not send labels to rank 1"),
+        ("dead sum", "rank 0 lost a rank of [0, 1] in the gradient sum of stage 0"),
+        ("barrier", "rank 0 waited in vain between layouts"),
+    ],
+)
+def test_a_dead_peer_is_a_lost_peer_for_every_kind_of_message(
+    lost: dict[str, tuple[str, float]], case: str, start: str
+):
+    message, _ = lost[case]
+    assert message.startswith(start)
+    assert "\n" not in message
+
+
+def test_without_a_launcher_a_process_is_a_world_of_one():
+    code = """
+import torch
+from mpdqn.mesh import Mesh, World
+from mpdqn.plan import Parallelism, Partition, Plan
+with World.open() as world:
+    mesh = Mesh(world, Plan.stacked(Partition(boundaries=(0, 1, 2)), Parallelism(pipeline=2)), "T")
+    tensor = torch.ones(2)
+    mesh.sum_over(mesh.layout_group, tensor, "nothing").wait()
+    world.barrier()
+    print(world.rank, world.size, mesh.stages, tensor.tolist(), world.from_first(5), world.to_first(6))
+assert not torch.distributed.is_initialized()
+"""
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "0 1 (0, 1) [1.0, 1.0] 5 [6]\n"
+
+
+def test_too_few_or_too_many_processes_are_refused_with_both_numbers():
+    check_world_size(4, 4)
+    with pytest.raises(ValueError, match=r"need d·p = 4 ranks but 3 processes were started; use --nproc-per-node 4"):
+        check_world_size(4, 3)
+
+
+def test_devices_that_there_are():
+    check_device("cpu")
+    with pytest.raises(ValueError, match="unknown device 'gpu'; choose cpu or cuda"):
+        check_device("gpu")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device_is_one_clear_error():
+    complaint = "--device cuda, but torch .* sees 0 CUDA devices here; use --device cpu or install a CUDA driver"
+    with pytest.raises(ValueError, match=complaint):
+        check_device("cuda")
+    with pytest.raises(ValueError, match=complaint):
+        World.open(device="cuda")

@@ -1,0 +1,238 @@
+"""Every layout against the single process: what the transparency tests, the teeth and the GPU tests share.
+
+A *case* is one layout of one update rule on one network. The ranks of a worker pool run it for a few updates; each
+compares what it holds with the single process at m = 1, which it ran by itself, and rank 0 adds up: ‖a − b‖₂ / ‖b‖₂
+over the whole network, of the worst replica.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from mpdqn.dqn.agents import make_agent
+from mpdqn.learner import Learner, LearnerConfig
+from mpdqn.mesh import Mesh, World
+from mpdqn.networks import make_network, set_memory_format
+from mpdqn.partition import balance_costs
+from mpdqn.plan import Parallelism, Partition, Plan
+from mpdqn.randomness import keyed_seed
+from mpdqn.replay import VirtualShards
+
+ACTIONS = 5
+UPDATES = 5
+FRAMES = {
+    "nature": (4, 44, 44),
+    "impala": (4, 24, 24),
+    "resnet18": (4, 32, 32),
+    "resnet34": (4, 32, 32),
+    "resnet50": (4, 32, 32),
+    "resnet101": (4, 32, 32),
+}
+
+FLOAT64_BOUND = 1e-10
+FLOAT32_BOUND = 5e-5
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One layout to be compared. ``stacked`` runs all stages of a replica in one process."""
+
+    family: str = "nature"
+    data: int = 1
+    pipeline: int = 1
+    schedule: str = "gpipe"
+    m: int = 1
+    shards: int = 4
+    optimizer: str = "adam"
+    agent: str = "double_dqn"
+    head: str = "plain"
+    stacked: bool = False
+    dtype: str = "float64"
+    memory_format: str = "contiguous"
+
+    def __str__(self) -> str:
+        layout = f"dp{self.data}xpp{self.pipeline}-{self.schedule}{'+stacked' if self.stacked else ''}/m{self.m}"
+        rule = f"{self.agent}-{self.optimizer}-V{self.shards}"
+        return f"{self.family}-{self.head}-{layout}-{rule}-{self.dtype}-{self.memory_format}"
+
+    def reference(self) -> Case:
+        """The single process, m = 1, of the same update rule."""
+        return replace(self, data=1, pipeline=1, schedule="gpipe", m=1, stacked=False)
+
+
+@dataclass
+class Trace:
+    """What a run leaves on one rank, by update; tensors are those of the rank's stages, by global name."""
+
+    replica: int = -1
+    gradients: list[Tensors] = field(default_factory=list)
+    td_errors: list[Tensor] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    change: Tensors = field(default_factory=dict)
+
+
+def filled_shards(case: Case, seed: int = 7) -> VirtualShards:
+    """Virtual shards full of random frames, rewards, and episode ends of both kinds."""
+    frames, steps, envs = FRAMES[case.family], 24, 2
+    shards = VirtualShards(
+        observation_shape=frames,
+        num_shards=case.shards,
+        capacity=steps * envs * case.shards,
+        envs_per_shard=envs,
+        seed=seed,
+        stack=frames[0],
+        n_step=2,
+        discount=0.9,
+    )
+    draw = torch.Generator().manual_seed(keyed_seed("test", seed))
+    n = envs * case.shards
+
+    def observation() -> Tensor:
+        return torch.randint(256, (n, *frames), dtype=torch.uint8, generator=draw)
+
+    now = observation()
+    for _ in range(steps):
+        after = observation()
+        ends = torch.rand(2, n, generator=draw) < 0.1
+        shards.append(
+            observation=now,
+            action=torch.randint(ACTIONS, (n,), generator=draw),
+            reward=torch.randn(n, generator=draw),
+            terminated=ends[0],
+            truncated=ends[1],
+            next_observation=after,
+        )
+        now = after
+    return shards
+
+
+def build(world: World, case: Case, batch_size: int, alone: bool = False) -> Learner | None:
+    """This rank's learner; collective. ``alone``: every rank builds a single process of its own."""
+    frames = FRAMES[case.family]
+    options = {"width": 0.25, "fc": 64} if case.family == "impala" else {"fc": 64}
+    network = make_network(case.family, frames, ACTIONS, head=case.head, seed=3, **options)
+    network = network.to(world.device, getattr(torch, case.dtype))
+    set_memory_format(network, case.memory_format)
+    costs = [1.0 + sum(p.numel() for p in layer.parameters()) ** 0.5 for layer in network]
+    partition = Partition(boundaries=balance_costs(costs, case.pipeline))
+    parallelism = Parallelism(data=case.data, pipeline=case.pipeline, num_microbatches=case.m, schedule=case.schedule)
+    agent = make_agent(case.agent)
+    if alone:
+        plans = [Plan(partition=partition, parallelism=parallelism, placement=((r,),)) for r in range(world.size)]
+    else:
+        plans = [(Plan.stacked if case.stacked else Plan.rectangular)(partition, parallelism)]
+    mesh = next((mesh for mesh in [Mesh(world, plan, agent.letters) for plan in plans] if mesh.member), None)
+    if mesh is None:
+        return None
+    config = LearnerConfig(
+        optimizer=case.optimizer,
+        learning_rate=1e-2 if case.optimizer == "adam" else 1e-1,
+        target_period=3,
+        max_grad_norm=0.05,
+    )
+    return Learner(network, mesh=mesh, agent=agent, batch_size=batch_size, observation_shape=frames, config=config)
+
+
+def owned_shards(case: Case, replica: int) -> range:
+    """The shards that ``replica`` owns."""
+    share = case.shards // case.data
+    return range(replica * share, (replica + 1) * share)
+
+
+def run_case(world: World, case: Case, *, updates: int = UPDATES, batch_size: int = 16, alone: bool = False) -> Trace:
+    """Train ``updates`` updates of ``case``; collective over the world."""
+    learner = build(world, case, batch_size, alone)
+    trace = Trace()
+    if learner is None:
+        return trace
+    trace.replica = learner.mesh.replica
+    shards = filled_shards(case)
+    start = {name: p.detach().clone() for name, p in learner.named_parameters()}
+    for update in range(updates):
+        batch = None
+        if learner.owns_shards:
+            batch = shards.sample(batch_size, update, owned_shards(case, trace.replica))
+            # Uniform replay gives equal weights; unequal ones must travel, too.
+            batch = replace(batch, weight=0.25 + (batch.index % 5) / 4)
+        step = learner.learn(batch)
+        trace.gradients.append({n: p.grad.clone() for n, p in learner.named_parameters() if p.grad is not None})
+        if step.td_errors is not None:
+            trace.td_errors.append(step.td_errors.clone())
+        trace.norms.append(step.grad_norm.item())
+        trace.losses.append(step.loss.item())
+    trace.change = {name: p.detach() - start[name] for name, p in learner.named_parameters()}
+    return trace
+
+
+def run_reference(world: World, case: Case, *, updates: int = UPDATES, batch_size: int = 16) -> Trace:
+    """The single process of ``case``, on every rank by itself; collective."""
+    return run_case(world, case.reference(), updates=updates, batch_size=batch_size, alone=True)
+
+
+def errors(world: World, case: Case, trace: Trace, reference: Trace) -> dict[str, float]:
+    """The largest relative error of each quantity over updates and replicas, on rank 0; empty elsewhere. Collective."""
+    own: dict[str, list[tuple[float, float]]] = {}
+    if trace.replica >= 0:
+        own = {
+            "gradients": [_squares(a, b) for a, b in zip(trace.gradients, reference.gradients, strict=True)],
+            "change": [_squares(trace.change, reference.change)],
+            "norms": [_squares(_numbers(trace.norms), _numbers(reference.norms))],
+            "losses": [_squares(_numbers(trace.losses), _numbers(reference.losses))],
+        }
+    ranks = [part for part in world.to_first((trace.replica, own, trace.td_errors)) if part[0] >= 0]
+    if not ranks:
+        return {}
+    whole = {
+        "gradients": [_squares({}, gradients)[1] for gradients in reference.gradients],
+        "change": [_squares({}, reference.change)[1]],
+    }
+    found: dict[str, float] = {}
+    for name, sizes in whole.items():
+        for replica, (update, size) in itertools.product(range(case.data), enumerate(sizes)):
+            parts = [squares[name][update] for r, squares, _ in ranks if r == replica]
+            missing = size - sum(part[1] for part in parts)  # of layers that no rank holds
+            lost = missing if missing > 1e-9 * size else 0.0
+            error = _ratio((sum(part[0] for part in parts) + lost, size))
+            found[name] = max(found.get(name, 0.0), error)
+            if update == 0:
+                found[f"first_{name}"] = max(found.get(f"first_{name}", 0.0), error)
+    for name in ("norms", "losses"):
+        found[name] = max(_ratio(squares[name][0]) for _, squares, _ in ranks)
+    joined = [torch.cat(parts) for parts in zip(*(td for _, _, td in ranks if td), strict=True)]
+    found["td_errors"] = max(
+        _ratio(_squares({"": a}, {"": b})) if a.shape == b.shape else float("inf")
+        for a, b in zip(joined, reference.td_errors, strict=True)
+    )
+    return found
+
+
+def violations(case: Case, found: dict[str, float]) -> list[str]:
+    """Which of the quantities break the bound of the case's dtype."""
+    if case.dtype == "float64":
+        bounds = dict.fromkeys(("gradients", "change", "norms", "losses", "td_errors"), FLOAT64_BOUND)
+    else:
+        bounds = {"first_gradients": FLOAT32_BOUND}
+    return [f"{name} {found[name]:.1e} > {bound:.0e}" for name, bound in bounds.items() if not found[name] <= bound]
+
+
+def _squares(a: Tensors, b: Tensors) -> tuple[float, float]:
+    """Σ(a − b)² over the names of a, and Σb² over the same names (of all of b if a is empty)."""
+    names: Sequence[str] = list(a) or list(b)
+    difference = sum(float((a[n].double() - b[n].double()).square().sum()) for n in a)
+    return difference, sum(float(b[n].double().square().sum()) for n in names)
+
+
+def _numbers(values: list[float]) -> Tensors:
+    return {"": torch.tensor(values, dtype=torch.float64)}
+
+
+def _ratio(squares: tuple[float, float]) -> float:
+    return (squares[0] / squares[1]) ** 0.5
