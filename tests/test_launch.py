@@ -1,5 +1,6 @@
 """The worker pool with real processes and real signals: results, the first cause, and nothing left behind."""
 
+import contextlib
 import os
 import signal
 import socket
@@ -27,17 +28,21 @@ END_S = 60.0
 """Until a run must have ended after a failure, and all of its processes with it."""
 
 
-def processes_of(folder: Path) -> list[str]:
-    """The command lines, other than this process's, that name ``folder``: workers and what they started."""
-    found = []
+def processes_of(folder: Path) -> dict[int, str]:
+    """The processes other than this one whose command line names ``folder``: workers and what they started."""
+    found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except OSError:
             continue
         if str(folder) in line and int(path.parent.name) != os.getpid():
-            found.append(line)
+            found[int(path.parent.name)] = line
     return found
+
+
+def workers_of(folder: Path) -> list[int]:
+    return [pid for pid, line in processes_of(folder).items() if "-m mpdqn.launch" in line]
 
 
 def assert_nothing_left(folder: Path) -> None:
@@ -118,22 +123,22 @@ def test_a_lambda_in_a_script_runs_as_it_does_under_the_guard(folder: Path):
 # Failures
 
 
-def raise_after_leaving(folder: Path) -> None:
+def raise_after_silence(folder: Path) -> None:
     world = World.open()
     mesh = pipeline_of_two(world)
+    world.timeout = timedelta(seconds=0.5)
     start_child(folder)
     world.barrier()
     if world.rank == 0:
-        mesh.receive(torch.zeros(3), 1, "F").wait()  # ends with PeerLost, before rank 1 has said what is the matter
-    world.close()
-    time.sleep(0.5)
+        mesh.receive(torch.zeros(3), 1, "F").wait()  # ends with PeerLost, before rank 1 says what is the matter
+    time.sleep(1.5)
     raise ZeroDivisionError("the cause,\nin two lines")
 
 
 def test_a_workers_own_error_is_raised_though_its_peer_failed_first(folder: Path):
     start = time.monotonic()
     with pytest.raises(WorkerError) as caught:
-        launch(raise_after_leaving, folder, num_workers=2)
+        launch(raise_after_silence, folder, num_workers=2)
     assert str(caught.value) == "rank 1 of 2 failed: ZeroDivisionError: the cause,\nin two lines"
     notes = "".join(caught.value.__notes__)
     assert "On rank 1:\nTraceback (most recent call last)" in notes
@@ -255,9 +260,11 @@ def start_script(function: str, folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def end_script(process: subprocess.Popen[str]) -> None:
-    if process.poll() is None:
-        process.kill()
+def end_script(process: subprocess.Popen[str], folder: Path) -> None:
+    """Whatever the test has found, leave nothing behind."""
+    for pid in (process.pid, *processes_of(folder)) if process.poll() is None else processes_of(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     process.communicate()
 
 
@@ -265,7 +272,7 @@ def end_script(process: subprocess.Popen[str]) -> None:
 def waiting(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     process = start_script("wait_forever", tmp_path)
     yield process
-    end_script(process)
+    end_script(process, tmp_path)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -276,7 +283,7 @@ def with_a_stopped_worker(
     folder = tmp_path_factory.mktemp("stopped")
     process = start_script("stop_one", folder)
     yield process, folder
-    end_script(process)
+    end_script(process, folder)
 
 
 def at_work(folder: Path) -> bool:
@@ -284,7 +291,7 @@ def at_work(folder: Path) -> bool:
 
 
 def starting(folder: Path) -> bool:
-    return sum("-m mpdqn.launch" in line for line in processes_of(folder)) == 2
+    return len(workers_of(folder)) == 2
 
 
 @pytest.mark.parametrize("to", ["group", "parent"])
@@ -300,18 +307,9 @@ def test_ctrl_c_ends_all_workers(waiting: subprocess.Popen[str], tmp_path: Path,
 
 def test_workers_end_with_their_parent_even_if_it_was_killed(waiting: subprocess.Popen[str], tmp_path: Path):
     wait_for(lambda: at_work(tmp_path), START_S, "workers")
-    assert any("-m mpdqn.launch" in line for line in processes_of(tmp_path))
-    waiting.kill()
-    wait_for(lambda: not any("-m mpdqn.launch" in line for line in processes_of(tmp_path)), END_S, "end")
-    for pid in [int(p.parent.name) for p in Path("/proc").glob("[0-9]*/cmdline") if str(tmp_path) in read(p)]:
-        os.kill(pid, signal.SIGKILL)  # the workers' own children are orphans now
-
-
-def read(path: Path) -> str:
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""
+    assert len(workers_of(tmp_path)) == 2
+    waiting.kill()  # by SIGKILL: it has no time to see to anything
+    wait_for(lambda: not workers_of(tmp_path), END_S, "end of the workers")
 
 
 def test_a_stopped_worker_is_named_by_its_peers_timeout_and_ended(

@@ -37,7 +37,7 @@ from mpdqn.plan import Partition, Profile
 from mpdqn.records import RECORDS, Record, Value, append_records, read_records
 from mpdqn.replay import VirtualShards
 
-PROFILE_REPEATS = 3
+PROFILE_REPEATS = 5
 
 
 def run_trials(job: Job) -> tuple[Path, tuple[Record, ...]]:
@@ -151,7 +151,9 @@ class Trials:
             frames = self._shards.sample(self._config.batch_size, 0).obs.to(self._world.device)
             part = frames[: max(1, len(frames) // self._config.num_microbatches)]
             set_memory_format(network, choose_memory_format(network, part, repeats=PROFILE_REPEATS))
-            text = profile(network, frames, name=self._job.network_name, repeats=PROFILE_REPEATS, warmup=1).to_json()
+            text = profile(
+                network, part, name=self._job.network_name, repeats=PROFILE_REPEATS, accumulate=len(part) < len(frames)
+            ).to_json()
         self._world.barrier()
         return Profile.from_json(self._world.from_first(text))
 

@@ -8,7 +8,9 @@ caches as its neighbours left them, and repeating a layer by itself, with its we
 of rounds alternate. A *full* round asks each layer for the gradients of its input and its parameters, an *input* round
 for the former only. backward-input is the input round's time, capped by the full one's, and backward-weight is the rest
 of the full one. So the two always add up to the full backward pass, which measuring each alone would not give: the two
-gradients of a convolution share work. A layer without parameters has its whole backward in backward-input.
+gradients of a convolution share work. A layer without parameters has its whole backward in backward-input. Where
+micro-batches accumulate, adding a gradient to the sum of the earlier ones counts to backward-weight; it grows with the
+parameters and not with the batch, and so moves the best cut.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from mpdqn.plan import LayerCost
 Clock = Callable[[], float]
 
 
-def layer_costs(model: nn.Sequential, example: Tensor, *, repeats: int, warmup: int) -> tuple[LayerCost, ...]:
+def layer_costs(
+    model: nn.Sequential, example: Tensor, *, repeats: int, warmup: int, accumulate: bool
+) -> tuple[LayerCost, ...]:
     """The costs of each layer of ``model`` on ``example``: medians over ``repeats`` rounds, after ``warmup`` rounds.
 
     Raises:
@@ -39,8 +43,9 @@ def layer_costs(model: nn.Sequential, example: Tensor, *, repeats: int, warmup: 
     layers = dict(zip(names, model, strict=True))
     activations, boundaries = _bytes(layers, example)
     clock = _clock(example.device)
+    sums = {p: torch.zeros_like(p) for p in model.parameters() if p.requires_grad} if accumulate else {}
     rounds = [
-        (_round(layers, example, clock, weights=True), _round(layers, example, clock, weights=False))
+        (_round(layers, example, clock, sums, weights=True), _round(layers, example, clock, sums, weights=False))
         for _ in range(warmup + repeats)
     ][warmup:]
     costs = []
@@ -113,9 +118,17 @@ def _clock(device: torch.device) -> Clock:
 
 
 def _round(
-    layers: dict[str, nn.Module], example: Tensor, clock: Clock, *, weights: bool
+    layers: dict[str, nn.Module],
+    example: Tensor,
+    clock: Clock,
+    sums: dict[nn.Parameter, Tensor],
+    *,
+    weights: bool,
 ) -> tuple[list[float], list[float]]:
-    """The forward and backward ms of each layer in one training step; without ``weights``, of input gradients only."""
+    """The forward and backward ms of each layer in one training step; without ``weights``, of input gradients only.
+
+    The gradient of each parameter that is in ``sums`` is added to its sum there.
+    """
     forward, backward = [], [0.0] * len(layers)
     edges: list[GradientEdge | None] = [None]
     x = example
@@ -129,11 +142,15 @@ def _round(
 
     for k, (name, layer) in reversed(list(enumerate(layers.items()))):
         output, into = edges.pop(), edges[k]
-        inputs = [*([into] if into else []), *(map(get_gradient_edge, _trained(layer)) if weights else [])]
+        trained = _trained(layer) if weights else []
+        inputs = [*([into] if into else []), *map(get_gradient_edge, trained)]
         if output is None or not inputs:
             break  # nothing below takes part: frames carry no gradient, nor does what is computed from them alone
         start = clock()
         gradients = torch.autograd.grad([output], inputs, grad_outputs=[gradient], allow_unused=True)
+        for parameter, weight_gradient in zip(reversed(trained), reversed(gradients), strict=False):
+            if parameter in sums and weight_gradient is not None:
+                sums[parameter] += weight_gradient
         backward[k] = clock() - start
         if into is None:
             break

@@ -18,13 +18,15 @@ def profile(
     repeats: int = 5,
     warmup: int = 2,
     threads: int | None = None,
+    accumulate: bool = False,
 ) -> Profile:
     """Measure every layer of the flat ``model`` on the batch ``example``, on the device that holds both.
 
     ``example`` is what the first layer takes, [B, C, H, W] uint8 for a Q-network on frames; each later layer gets what
     its predecessor really computed. Times are medians in ms over ``repeats`` rounds after ``warmup`` rounds, on
     ``threads`` threads (None: as many as torch uses now). A layer's forward time is that of a training step, recording
-    for the backward pass included; its two backward times add up to the time of its full backward pass. Both are 0
+    for the backward pass included; its two backward times add up to the time of its full backward pass, with
+    ``accumulate`` including the addition to an earlier gradient, as every micro-batch but the first makes it. Both are 0
     where the training step computes nothing: frames take no gradient, so the first layer has no backward-input.
 
     Parameters, gradients, buffers, random state and modes of the model, and torch's thread count, are as before.
@@ -54,7 +56,7 @@ def profile(
                 f"the example is on {example.device} but {parameter_name!r} on {parameter.device}; move one of them"
             )
     with measure.as_before(model, example.device, threads):
-        layers = measure.layer_costs(model, example.detach(), repeats=repeats, warmup=warmup)
+        layers = measure.layer_costs(model, example.detach(), repeats=repeats, warmup=warmup, accumulate=accumulate)
         return Profile(
             network=name,
             batch_size=example.shape[0],
