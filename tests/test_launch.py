@@ -45,6 +45,13 @@ def workers_of(folder: Path) -> list[int]:
     return [pid for pid, line in processes_of(folder).items() if "-m mpdqn.launch" in line]
 
 
+def end_processes(folder: Path) -> None:
+    """Whatever a test has found, leave nothing behind."""
+    for pid in processes_of(folder):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
 def assert_nothing_left(folder: Path) -> None:
     assert not processes_of(folder)
     assert not list(folder.glob("mpdqn-*"))
@@ -68,10 +75,11 @@ def pipeline_of_two(world: World) -> Mesh:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder of the test's own, in which `launch` puts its job, so that the workers' command lines name it."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    return tmp_path
+    yield tmp_path
+    end_processes(tmp_path)
 
 
 # Results
@@ -261,10 +269,8 @@ def start_script(function: str, folder: Path) -> subprocess.Popen[str]:
 
 
 def end_script(process: subprocess.Popen[str], folder: Path) -> None:
-    """Whatever the test has found, leave nothing behind."""
-    for pid in (process.pid, *processes_of(folder)) if process.poll() is None else processes_of(folder):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    process.kill()
+    end_processes(folder)
     process.communicate()
 
 

@@ -34,6 +34,32 @@ def compare_table(records: Iterable[Record]) -> Table:
     )
 
 
+def relative_table(records: Iterable[Record], against: str) -> Table:
+    """Throughput of every layout, and its ratio to the row ``against`` within each round.
+
+    Raises:
+        ValueError: if ``against`` was not measured.
+    """
+    rows = rows_of(records)
+    reference = next((row.speeds for row in rows if row.name == against), None)
+    if reference is None:
+        raise ValueError(f"{against!r} is not among the rows {', '.join(row.name for row in rows)}; measure it, too")
+    return Table(
+        title=f"Layouts beside {against}: {heading(rows)}",
+        columns=("layout", "ranks × threads", "transitions/s", f"× {against}"),
+        rows=tuple(
+            (
+                f"{row.name} {_marks(row)}".rstrip(),
+                f"{row.count('ranks')} × {row.count('threads')}",
+                spread(summarize(row.speeds.values()), 1),
+                spread(summarize(ratios(row.speeds, reference)), 2),
+            )
+            for row in rows
+        ),
+        notes=_notes(rows),
+    )
+
+
 def heading(rows: Sequence[Row]) -> str:
     """What was trained, in a few words."""
     network, environment, batch, device = (_each(rows, k) for k in ("network", "environment", "batch_size", "device"))

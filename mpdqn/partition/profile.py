@@ -26,7 +26,7 @@ def profile(
     its predecessor really computed. Times are medians in ms over ``repeats`` rounds after ``warmup`` rounds, on
     ``threads`` threads (None: as many as torch uses now). A layer's forward time is that of a training step, recording
     for the backward pass included; its two backward times add up to the time of its full backward pass, with
-    ``accumulate`` including the addition to an earlier gradient, as every micro-batch but the first makes it. Both are 0
+    ``accumulate`` including the addition to an earlier gradient, as every micro-batch but the first does. Both are 0
     where the training step computes nothing: frames take no gradient, so the first layer has no backward-input.
 
     Parameters, gradients, buffers, random state and modes of the model, and torch's thread count, are as before.
