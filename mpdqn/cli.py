@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = tyro.cli(CompareConfig, prog="mpdqn compare", args=rest, config=(tyro.conf.FlagCreatePairsOff,))
     try:
         comparison = compare(config)
-    except (ValueError, WorkerError) as error:
+    except (ValueError, OSError, WorkerError) as error:
         notes = "".join(getattr(error, "__notes__", ()))
         print(f"mpdqn compare: {error}{notes}", file=sys.stderr)
         return 2

@@ -113,7 +113,7 @@ class Learner:
         self._pipeline = Pipeline(mesh, self.stages, table, passes, m)
         self._exchange = SynchronousExchange(mesh)
         for stage in self.stages:
-            if next(stage.named_parameters(), None) is None:
+            if not any(p.requires_grad for _, p in stage.named_parameters()):
                 layers = [name for name, _ in stage.online.named_children()]
                 raise ValueError(
                     f"stage {stage.index} ({', '.join(layers)}) has 0 parameters to train; cut it elsewhere"
@@ -259,8 +259,10 @@ class Learner:
 
     def _clip(self, grad_norm: Tensor) -> None:
         """Scale every gradient by min(1, max_grad_norm / grad_norm), as torch.nn.utils.clip_grad_norm_ does."""
-        if self.config.max_grad_norm != float("inf"):
-            nn.utils.clip_grads_with_norm_(self.parameters(), self.config.max_grad_norm, grad_norm)
+        limit = self.config.max_grad_norm
+        # On the CPU the norm is known: nothing to do where the factor is 1. On a GPU asking for it would hold the host.
+        if limit < float("inf") and (grad_norm.device.type != "cpu" or limit < grad_norm.item() + 1e-6):
+            nn.utils.clip_grads_with_norm_(self.parameters(), limit, grad_norm)
 
 
 def gather_by_name(learner: Learner, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -30,7 +30,9 @@ def small_matrix() -> Iterator[Case]:
         if d == 1:
             yield Case(family="nature", data=d, pipeline=p, schedule="1f1b", m=2, shards=1)
     for d, p in ((1, 2), (1, 3), (2, 2)):
-        yield Case(family="impala", data=d, pipeline=p, schedule="1f1b", m=4, stacked=True)
+        yield Case(family="impala", data=d, pipeline=p, schedule="1f1b", m=4, placement="stacked")
+    for (p, schedule), m in itertools.product(((4, "1f1b"), (4, "gpipe"), (3, "1f1b")), (2, 8)):
+        yield Case(family="nature", pipeline=p, schedule=schedule, m=m, placement="interleaved")
 
 
 def whole_matrix() -> Iterator[Case]:

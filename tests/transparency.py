@@ -42,7 +42,11 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One layout to be compared. ``stacked`` runs all stages of a replica in one process."""
+    """One layout to be compared.
+
+    ``placement``: ``stacked`` runs all stages of a replica in one process, ``interleaved`` deals the stages of one replica
+    to two ranks in turn.
+    """
 
     family: str = "nature"
     data: int = 1
@@ -53,18 +57,18 @@ class Case:
     optimizer: str = "adam"
     agent: str = "double_dqn"
     head: str = "plain"
-    stacked: bool = False
+    placement: str = "rectangular"
     dtype: str = "float64"
     memory_format: str = "contiguous"
 
     def __str__(self) -> str:
-        layout = f"dp{self.data}xpp{self.pipeline}-{self.schedule}{'+stacked' if self.stacked else ''}/m{self.m}"
+        layout = f"dp{self.data}xpp{self.pipeline}-{self.schedule}+{self.placement}/m{self.m}"
         rule = f"{self.agent}-{self.optimizer}-V{self.shards}"
         return f"{self.family}-{self.head}-{layout}-{rule}-{self.dtype}-{self.memory_format}"
 
     def reference(self) -> Case:
         """The single process, m = 1, of the same update rule."""
-        return replace(self, data=1, pipeline=1, schedule="gpipe", m=1, stacked=False)
+        return replace(self, data=1, pipeline=1, schedule="gpipe", m=1, placement="rectangular")
 
 
 @dataclass
@@ -128,7 +132,7 @@ def build(world: World, case: Case, batch_size: int, alone: bool = False) -> Lea
     if alone:
         plans = [Plan(partition=partition, parallelism=parallelism, placement=((r,),)) for r in range(world.size)]
     else:
-        plans = [(Plan.stacked if case.stacked else Plan.rectangular)(partition, parallelism)]
+        plans = [_plan(partition, parallelism, case.placement)]
     mesh = next((mesh for mesh in [Mesh(world, plan, agent.letters) for plan in plans] if mesh.member), None)
     if mesh is None:
         return None
@@ -139,6 +143,13 @@ def build(world: World, case: Case, batch_size: int, alone: bool = False) -> Lea
         max_grad_norm=0.05,
     )
     return Learner(network, mesh=mesh, agent=agent, batch_size=batch_size, observation_shape=frames, config=config)
+
+
+def _plan(partition: Partition, parallelism: Parallelism, placement: str) -> Plan:
+    if placement == "interleaved":
+        ranks = tuple((stage % 2,) for stage in range(parallelism.pipeline))
+        return Plan(partition=partition, parallelism=parallelism, placement=ranks)
+    return (Plan.stacked if placement == "stacked" else Plan.rectangular)(partition, parallelism)
 
 
 def owned_shards(case: Case, replica: int) -> range:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -68,11 +68,13 @@ class CompareConfig:
     """Only redraw table and plots from the records in this run folder."""
 
     def resolved(self) -> CompareConfig:
-        """This configuration, made small if ``smoke`` is set."""
+        """This configuration; if ``smoke`` is set, small in all that is left at its default."""
         if not self.smoke:
             return self
-        network = "nature" if self.network == "resnet18" else self.network
-        return replace(self, network=network, batch_size=16, num_microbatches=2, steps=1, rounds=2, transitions=256)
+        small: dict[str, Any] = {"network": "nature", "batch_size": 16, "num_microbatches": 2}
+        small |= {"steps": 1, "rounds": 2, "transitions": 256}
+        given = {field.name for field in fields(self) if getattr(self, field.name) != field.default}
+        return replace(self, **{name: value for name, value in small.items() if name not in given})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +119,8 @@ def check(config: CompareConfig, network: str | NetworkFunction | None = None, l
     for name in ("steps", "rounds", "transitions", "num_microbatches", "envs_per_shard"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)} but must be at least 1")
+    if not config.timeout > 0:
+        raise ValueError(f"timeout is {config.timeout} s but must be above 0")
     if not 0 <= config.epsilon <= 1:
         raise ValueError(f"epsilon is {config.epsilon} but must be between 0 and 1")
     check_device(config.device)
@@ -129,7 +133,7 @@ def check(config: CompareConfig, network: str | NetworkFunction | None = None, l
     if texts:
         rows = [Layout.parse(t, num_microbatches=config.num_microbatches, cores=len(cores)) for t in texts]
     else:
-        rows = default_layouts(config.num_microbatches, len(cores), devices, world_size)
+        rows = default_layouts(config.num_microbatches, len(cores), config.num_shards, devices, world_size)
     rows = list(dict.fromkeys(rows))
     if world_size is not None:
         check_world_size(max(row.ranks for row in rows), world_size)
@@ -142,14 +146,21 @@ def check(config: CompareConfig, network: str | NetworkFunction | None = None, l
         cores=cores,
         environment=Environment.current(f"{devices} × {torch.cuda.get_device_name()}" if devices else ""),
     )
-    num_layers = len(job.make_network())
+    chain = job.make_network()
+    trained = sum(any(p.requires_grad for p in layer.parameters()) for layer in chain)
     for row in rows:
+        if world_size is None and 0 < devices < job.num_ranks and row.pipeline > 1 and not row.stacked:
+            raise ValueError(
+                f"layout {row.name} sends messages between GPUs but {job.num_ranks} ranks share {devices}; "
+                "write +stacked, as in pp2-1f1b+stacked, or choose layouts of fewer ranks"
+            )
         row.parallelism.check_batch(config.batch_size)
         row.parallelism.check_shards(config.num_shards, config.batch_size)
-        if row.pipeline > num_layers:
+        if row.pipeline > trained:
             raise ValueError(
-                f"layout {row.name} wants p = {row.pipeline} stages but {job.network_name} has {num_layers} layers "
-                "in its nn.Sequential; use at most that many stages, or return a flat nn.Sequential of more layers"
+                f"layout {row.name} wants p = {row.pipeline} stages but {job.network_name} has {len(chain)} layers in "
+                f"its nn.Sequential, {trained} of them with parameters to train, and every stage needs one; use at "
+                "most that many stages, or return a flat nn.Sequential of more layers"
             )
     _check_writable(config.out)
     if world_size is None:

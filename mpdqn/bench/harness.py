@@ -47,15 +47,17 @@ def interleave(
         the records of this workload in the folder, those of earlier runs included.
 
     Raises:
-        ValueError: if the folder holds records of the same workload under other settings.
+        ValueError: if the folder holds records of the same workload with another seed or other settings.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / RECORDS
     common = {"workload": workload, **settings}
     kept = [r for r in (read_records(path) if path.exists() else ()) if r.settings.get("workload") == workload]
-    other = [r for r in kept if dict(r.settings) | {"contender": None} != common | {"contender": None}]
-    if other:
-        raise ValueError(f"{path} holds {workload!r} with settings {dict(other[0].settings)}; choose another --out")
+    for r in kept:
+        if r.seed != seed or dict(r.settings) | {"contender": None} != common | {"contender": None}:
+            raise ValueError(
+                f"{path} holds {workload!r} with seed {r.seed} and settings {dict(r.settings)}; choose another --out"
+            )
     environment = Environment.current()
     done = {(r.settings["contender"], r.round) for r in kept}
     turns = [(r, name) for r in range(rounds) for name in contenders if (name, r) not in done]

@@ -57,7 +57,9 @@ class Layout:
                 f"{text!r} is no layout; write single@1, dp2, pp2-1f1b/m8 or dp2xpp2-gpipe/m8 (docs/layouts.md)"
             )
         options = re.findall(r"(\+stacked|/m|@)(\d+|all)?", match["options"])
-        given = {option: value for option, value in options}
+        given = dict(options)
+        if len(given) < len(options):
+            raise ValueError(f"{text!r} gives an option twice; give each once")
         pipeline = match["pipeline"] or match["both"]
         layout = cls(
             data=int(match["data"] or 1),
@@ -70,10 +72,14 @@ class Layout:
         action_table(layout.schedule, 1, 1)  # an unknown schedule is an error here, before any work
         if min(layout.copies, layout.data, layout.pipeline, layout.num_microbatches) < 1:
             raise ValueError(f"{text!r} has a count of 0; every count must be at least 1")
-        if layout.copies > 1 and layout.ranks > layout.copies:
+        if layout.copies > 1 and layout.data * layout.pipeline > 1:
             raise ValueError(f"{text!r}: only single processes can be copied, like 2*single@1")
         if layout.stacked and layout.pipeline == 1:
             raise ValueError(f"{text!r}: one stage cannot be stacked; drop +stacked or write pp2+stacked")
+        if match["schedule"] and layout.pipeline == 1:
+            raise ValueError(
+                f"{text!r}: one stage has no schedule; drop -{layout.schedule} or write pp2-{layout.schedule}"
+            )
         share = cores if layout.ranks == 1 else max(1, cores // layout.ranks)
         threads = cores if given.get("@") == "all" else int(given.get("@", share))
         if threads < 1:
@@ -92,7 +98,7 @@ class Layout:
         name = f"{self.copies}*" * (self.copies > 1) + ("x".join(parts) or "single")
         name += f"-{self.schedule}" * (self.pipeline > 1) + "+stacked" * self.stacked
         name += f"@{self.threads}" * (not parts or self.threads != self.share)
-        return name + f"/m{self.num_microbatches}" * (self.num_microbatches > 1)
+        return name + f"/m{self.num_microbatches}" * (self.num_microbatches > 1 or self.pipeline > 1)
 
     @property
     def parallelism(self) -> Parallelism:
@@ -119,26 +125,31 @@ class Layout:
         return self.ranks > devices if devices else self.ranks * self.threads > cores
 
 
-def default_layouts(num_microbatches: int, cores: int, devices: int = 0, world_size: int | None = None) -> list[Layout]:
+def default_layouts(
+    num_microbatches: int, cores: int, num_shards: int, devices: int = 0, world_size: int | None = None
+) -> list[Layout]:
     """The layouts of the main job.
 
     Args:
         num_microbatches: m of the pipelines, and of the second single row.
         cores: cores of this machine.
-        devices: GPUs of this machine, 0 on the CPU. With fewer than four a replica's stages share one process, because
-            NCCL refuses two ranks on one GPU.
+        num_shards: V; there are as many replicas, at most, as it can be dealt to.
+        devices: GPUs of this machine, 0 on the CPU. Where a pipeline has more ranks than that, a replica's stages
+            share one process, because NCCL refuses two ranks on one GPU.
         world_size: the processes that torchrun started, if it did: layouts that need more are left out, and the
             widest data-parallel, pipelined and hybrid layouts grow to that size.
     """
-    m = f"/m{num_microbatches}" if num_microbatches > 1 else ""
+    m = f"/m{num_microbatches}"
     texts = ["single@all", f"single@all{m}"]
     if not devices:
         texts = ["single@1", f"single@1{m}", *texts]
-    sizes = [2] if world_size is None or world_size <= 4 else [2, world_size]
-    stacked = "+stacked" if 0 < devices < 4 else ""
-    for n in sizes:
-        hybrid = f"dp{max(2, n // 2)}xpp2-1f1b{stacked}{m}"
-        texts += [f"dp{n}", f"pp{n}-gpipe{stacked}{m}", f"pp{n}-1f1b{stacked}{m}", hybrid]
+    # Two processes hold d = 2 or p = 2, and four also 2 × 2.
+    for n in [2] if world_size in (None, 1, 2, 4) else [2, world_size]:
+        replicas = [d for d in range(1, n + 1) if num_shards % d == 0]
+        both = max(d for d in replicas if d <= max(2, n // 2))
+        alone, paired = ("+stacked" if 0 < devices < ranks else "" for ranks in (n, 2 * both))
+        texts += [f"dp{replicas[-1]}", f"pp{n}-gpipe{alone}{m}", f"pp{n}-1f1b{alone}{m}"]
+        texts += [f"dp{both}xpp2-1f1b{paired}{m}"]
     layouts = [Layout.parse(text, num_microbatches=num_microbatches, cores=cores) for text in texts]
     limit = world_size if world_size is not None else max(layout.ranks for layout in layouts)
     return list(dict.fromkeys(layout for layout in layouts if layout.ranks <= limit))

@@ -1,8 +1,9 @@
 """`Pipeline`: runs an action table over torch's pipeline stages.
 
 Each kind of pass (F/B online on obs, T target on next_obs, D online on next_obs) has stage objects of its own and a
-process group of its own. At the start of a step a rank posts every receive that it will need; then it runs its actions
-in the table's order, sends each result without waiting for it, and at the end sees to it that all has left:
+process group of its own. At the start of a step a rank posts every receive that it will need, in the order of the
+senders; then it runs its actions in the table's order, sends each result without waiting for it, and at the end sees to
+it that all has left:
 
     rank 0   post B0 B1 | 0T0 → 0T1 → 0F0 → 0F1 → wait B0, 0B0  wait B1, 0B1
     rank 1   post T0 T1 F0 F1 | wait T0, 1T0  wait T1, 1T1  wait F0, 1F0  …
@@ -45,7 +46,9 @@ class Pipeline:
         """
         self._mesh, self._m = mesh, num_microbatches
         owners = mesh.plan.replica(mesh.replica)
-        self.order = rank_order(table, owners, mesh.rank, "".join(passes))
+        letters = "".join(passes)
+        self.order = rank_order(table, owners, mesh.rank, letters)
+        self._arrivals = _arrivals(table, owners, mesh.rank, letters)
         self._passes = passes
         self._runners: dict[tuple[str, int], _StaticStage] = {}
         for stage in stages:
@@ -91,7 +94,7 @@ class Pipeline:
     def _post_receives(self) -> dict[Action, list[Message]]:
         """Every receive of this step, posted; by the action that waits for it."""
         arriving: dict[Action, list[Message]] = {}
-        for action in self.order:
+        for action in self._arrivals:
             stage, kind, i = action
             source = stage + 1 if kind == BACKWARD else stage - 1
             if not 0 <= source < self._mesh.num_stages or self._mesh.rank_of(source) == self._mesh.rank:
@@ -171,6 +174,17 @@ def _static_stage(mesh: Mesh, stage: Stage, module: nn.Module, num_microbatches:
     if backward:
         runner._prepare_backward_infra(num_microbatches)
     return runner
+
+
+def _arrivals(table: Table, owners: Sequence[int], rank: int, letters: str) -> list[Action]:
+    """The actions of ``rank`` that another stage's result leads to, in the order in which the results are sent.
+
+    Messages of one kind between two ranks are matched in the order in which they are posted. Where a rank holds several
+    stages, it may take two results of a peer in another order than the peer sends them.
+    """
+    sent = [action for owner in dict.fromkeys(owners) for action in rank_order(table, owners, owner, letters)]
+    led_to = [Action(a.stage - 1 if a.kind == BACKWARD else a.stage + 1, a.kind, a.microbatch) for a in sent]
+    return [a for a in led_to if 0 <= a.stage < len(owners) and owners[a.stage] == rank]
 
 
 def _chunks(frames: Tensor | None, num_microbatches: int) -> Sequence[Tensor]:
