@@ -100,7 +100,6 @@ def launch(function: Callable[..., Any], *args: Any, num_workers: int, port: int
             local_addr="127.0.0.1",
             max_restarts=0,
             monitor_interval=0.1,
-            shutdown_timeout=5,
             logs_specs=DefaultLogsSpecs(log_dir=str(job / "agent")),  # or it would leave a folder behind
         )
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -36,18 +37,17 @@ def small_matrix() -> Iterator[Case]:
 
 
 def whole_matrix() -> Iterator[Case]:
-    """What `make test-all` runs: every combination that the small matrix samples."""
-    families = ("nature", "impala", "resnet18", "resnet34", "resnet50", "resnet101")
-    for family, (d, p), m in itertools.product(families, LAYOUTS, (1, 2, 4, 8)):
-        for schedule, shards in itertools.product(("gpipe", "1f1b") if p > 1 else ("gpipe",), (1, 2, 4)):
-            if shards % d:
-                continue
-            yield Case(family=family, data=d, pipeline=p, schedule=schedule, m=m, shards=shards)
-            if family.startswith("resnet") and family != "resnet18":
-                continue  # the deep ones take minutes each; the update rules were told apart on the others
-            yield Case(family=family, data=d, pipeline=p, schedule=schedule, m=m, shards=shards, optimizer="sgd")
-            yield Case(family=family, data=d, pipeline=p, schedule=schedule, m=m, shards=shards, agent="dqn")
-            yield Case(family=family, data=d, pipeline=p, schedule=schedule, m=m, shards=shards, dtype="float32")
+    """What `make test-all` runs: every family × layout × schedule × m × V, and every update rule and depth at V = 4."""
+    for (d, p), m in itertools.product(LAYOUTS, (1, 2, 4, 8)):
+        for schedule in ("gpipe", "1f1b") if p > 1 else ("gpipe",):
+            layout = Case(data=d, pipeline=p, schedule=schedule, m=m)
+            for family in ("nature", "impala", "resnet18"):
+                case = replace(layout, family=family)
+                yield from (replace(case, shards=shards) for shards in (1, 2, 4) if shards % d == 0)
+                yield replace(case, optimizer="sgd")
+                yield replace(case, agent="dqn")
+                yield replace(case, dtype="float32")
+            yield from (replace(layout, family=family) for family in ("resnet34", "resnet50", "resnet101"))
 
 
 def run_matrix(cases: list[Case]) -> dict[Case, dict[str, float]]:

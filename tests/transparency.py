@@ -44,8 +44,8 @@ Tensors = dict[str, Tensor]
 class Case:
     """One layout to be compared.
 
-    ``placement``: ``stacked`` runs all stages of a replica in one process, ``interleaved`` deals the stages of one replica
-    to two ranks in turn.
+    ``placement``: ``stacked`` runs all stages of a replica in one process, ``interleaved`` deals the stages of one
+    replica to two ranks in turn.
     """
 
     family: str = "nature"

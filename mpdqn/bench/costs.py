@@ -8,8 +8,11 @@ from mpdqn.bench.tables import Table
 from mpdqn.plan import Partition, Profile
 
 
-def cost_table(profile: Profile, cuts: Iterable[Partition]) -> Table:
-    """One row for each layer of ``profile``; a column of stage numbers for every cut into more than one stage."""
+def cost_table(profile: Profile, cuts: Iterable[Partition], forward_passes: int = 1) -> Table:
+    """One row for each layer of ``profile``; a column of stage numbers for every cut into more than one stage.
+
+    A note below gives the time of each stage in a step of ``forward_passes`` forward passes and one backward pass.
+    """
     stages = {cut.num_stages: cut for cut in cuts if cut.num_stages > 1}
     rows = []
     for index, layer in enumerate(profile.layers):
@@ -41,5 +44,18 @@ def cost_table(profile: Profile, cuts: Iterable[Partition]) -> Table:
             *(f"stage (p = {p})" for p in stages),
         ),
         rows=tuple(rows),
-        notes=(f"forward {profile.forward_ms:.0f} ms + backward {profile.backward_ms:.0f} ms = {total:.0f} ms",),
+        notes=(
+            f"forward {profile.forward_ms:.0f} ms + backward {profile.backward_ms:.0f} ms = {total:.0f} ms",
+            *(_cut_note(profile, cut, forward_passes) for cut in stages.values()),
+        ),
+    )
+
+
+def _cut_note(profile: Profile, cut: Partition, forward_passes: int) -> str:
+    costs = [forward_passes * layer.forward_ms + layer.backward_ms for layer in profile.layers]
+    times = [sum(costs[k] for k in cut.layers_of(j)) for j in range(cut.num_stages)]
+    after = ", ".join(profile.layers[end - 1].name for end in cut.boundaries[1:-1])
+    return (
+        f"cut for p = {cut.num_stages} after {after}: {' + '.join(f'{t:.0f}' for t in times)} ms with {forward_passes} "
+        f"forward and one backward pass, {max(times) / (sum(times) or 1):.2f} of it in the slowest stage"
     )

@@ -68,6 +68,8 @@ class Trials:
     def __init__(self, world: World, job: Job) -> None:
         self._world, self._job, self._config = world, job, job.config
         self._agent = make_agent(self._config.agent)
+        # A step runs each layer forward once with a graph and once more for every no-gradient pass.
+        self._forward_passes = 1 + len(self._agent.passes)
         self._first = world.rank == 0
         self._everything = len(job.cores)
 
@@ -77,7 +79,8 @@ class Trials:
         self._profile = self._measure_layers()
         self._cuts = {layout.pipeline: self._cut(layout.pipeline) for layout in self._job.layouts}
         if self._first:
-            print(cost_table(self._profile, self._cuts.values()).markdown(), flush=True)
+            table = cost_table(self._profile, self._cuts.values(), self._forward_passes)
+            print(table.markdown(), flush=True)
             about = {
                 "environment": asdict(self._job.environment),
                 "config": asdict(self._config),
@@ -158,8 +161,7 @@ class Trials:
         return Profile.from_json(self._world.from_first(text))
 
     def _cut(self, num_stages: int) -> Partition:
-        # A step runs each layer forward once with a graph and once more for every no-gradient pass.
-        return balance(self._profile, num_stages, forward_passes=1 + len(self._agent.passes))
+        return balance(self._profile, num_stages, forward_passes=self._forward_passes)
 
     def _reference(self) -> tuple[dict[str, Tensor], Tensor] | None:
         """Gradients and TD errors of the single process on the first batch, on rank 0."""

@@ -13,6 +13,7 @@ This is the only file that touches private names of torch; `_static_stage` is th
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -108,7 +109,8 @@ class Pipeline:
         stage, kind, i = action
         runner = self._runner(action)
         with torch.set_grad_enabled(kind == FORWARD):
-            output: Tensor = runner.forward_one_chunk(i, (frames[i],) if stage == 0 else (), save_forward_output=False)
+            inputs = (frames[i],) if stage == 0 else ()
+            output: Tensor = runner.forward_one_chunk(i, inputs, {}, save_forward_output=False)
         if stage + 1 < self._mesh.num_stages:
             if self._mesh.rank_of(stage + 1) == self._mesh.rank:
                 self._runners[kind, stage + 1].set_local_fwd_input(output, i)
@@ -173,6 +175,12 @@ def _static_stage(mesh: Mesh, stage: Stage, module: nn.Module, num_microbatches:
         runner._prepare_forward_infra(num_microbatches, ())
     if backward:
         runner._prepare_backward_infra(num_microbatches)
+    # torch 2.11 makes every buffer contiguous, whatever the example's strides are; 2.14 makes them like these.
+    for received, like in ((runner.args_recv_info, stage.example_input), (runner.grad_recv_info, stage.example_output)):
+        for info in itertools.chain.from_iterable(received.values()):
+            if getattr(info, "buffer", None) is not None:
+                info.buffer = torch.empty_like(like, device=mesh.device)
+                info.buffer.requires_grad_(backward and received is runner.args_recv_info)
     return runner
 
 

@@ -57,6 +57,8 @@ def build_stages(
         device: where the stages live.
     """
     modules = split(network, partition)
+    for module in modules[1:]:
+        _keep_input(module)
     ends = _boundaries(modules, frames, microbatch_size)
     stages = []
     for index in indices:
@@ -66,6 +68,19 @@ def build_stages(
             Stage(index=index, online=online, target=target, example_input=ends[index], example_output=ends[index + 1])
         )
     return stages
+
+
+def _keep_input(module: nn.Sequential) -> None:
+    """Have a stage leave its input as it came: autograd allows no write into what was received, nor into a view of it.
+
+    What a layer with parameters returns is new memory; a ReLU(inplace=True) may go on writing there.
+    """
+    for layer in module:
+        for part in layer.modules():
+            if getattr(part, "inplace", False):
+                part.inplace = False  # type: ignore[assignment]
+        if next(layer.parameters(), None) is not None:
+            return
 
 
 @torch.no_grad()
