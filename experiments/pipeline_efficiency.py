@@ -18,7 +18,7 @@ from mpdqn.bench.config import CompareConfig
 YARDSTICK = "2*single@1/m8"
 
 CONFIG = CompareConfig(
-    layouts=(YARDSTICK, "single@1/m8", "pp2-gpipe/m8", "pp2-1f1b/m8"),
+    layouts=(YARDSTICK, "single@1/m8", "pp2-gpipe@1/m8", "pp2-1f1b@1/m8"),
     rounds=7,
     transitions=512,
     out=Path("results/pipeline_efficiency"),

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import time
 from collections.abc import Sequence
 
 import tyro
 
 from mpdqn.bench.compare import compare
 from mpdqn.bench.config import CompareConfig
-from mpdqn.launch import WorkerError
-from mpdqn.mesh import launched_rank
+from mpdqn.launch import GRACE_S, WorkerError
+from mpdqn.mesh import PeerLost, launched_rank
 
 USAGE = """usage: mpdqn compare [flags]
 
@@ -38,6 +40,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         notes = "".join(getattr(error, "__notes__", ()))
         print(f"mpdqn compare: {error}{notes}", file=sys.stderr)
         return 2
+    except PeerLost as error:  # under torchrun, where no parent of ours sorts causes from consequences
+        print(f"mpdqn compare: {error}", file=sys.stderr, flush=True)
+        time.sleep(GRACE_S)
+        os._exit(2)  # the ordinary way out would wait for peers that are gone
     except KeyboardInterrupt:
         print("mpdqn compare: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

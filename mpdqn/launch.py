@@ -34,6 +34,7 @@ from typing import Any
 import cloudpickle
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mpdqn.mesh import launched_rank, tells_of_lost_peer
@@ -105,6 +106,10 @@ def launch(function: Callable[..., Any], *args: Any, num_workers: int, port: int
         try:
             with _quiet_agent(), _environment(_worker_environment()):
                 elastic_launch(config, sys.executable)("-m", "mpdqn.launch", str(job), str(os.getpid()))
+        except RendezvousError as error:
+            raise ValueError(
+                f"the workers' rendezvous on port {port} failed: {error}; choose another --port"
+            ) from error
         except ChildFailedError as error:
             raise _first_cause(job, error.failures, num_workers) from None
         except SignalException as error:

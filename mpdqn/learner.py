@@ -108,6 +108,7 @@ class Learner:
         self.stages = build_stages(
             network, plan.partition, mesh.stages, observation_shape, self._micro_size, mesh.device
         )
+        self._dtype = self.stages[0].value_dtype
         table = action_table(plan.parallelism.schedule, plan.parallelism.pipeline, m, agent.letters)
         passes = {p.letter: p.network for p in agent.passes}
         self._pipeline = Pipeline(mesh, self.stages, table, passes, m)
@@ -119,7 +120,6 @@ class Learner:
                     f"stage {stage.index} ({', '.join(layers)}) has 0 parameters to train; cut it elsewhere"
                 )
         self._parameters = {stage.index: [p for _, p in stage.named_parameters()] for stage in self.stages}
-        self._dtype = next((p.dtype for p in self.parameters()), torch.float32)
         self._optimizer = _make_optimizer(list(self.parameters()), self.config)
 
     @property
@@ -227,7 +227,6 @@ class Learner:
         if self.owns_shards and not self.has_loss:
             messages += [self.mesh.send(t, self.mesh.last_rank, LABELS) for t in (action, numbers)]
         elif self.has_loss and not self.owns_shards:
-            # Popped from the end: the last one posted arrives last, so waiting for it first waits for all.
             messages += [self.mesh.receive(t, self.mesh.first_rank, LABELS) for t in (action, numbers)]
         reward, discount, weight = numbers
         return Labels(action=action, reward=reward, discount=discount, weight=weight), messages

@@ -14,6 +14,7 @@ share a group. This is the only file that reads RANK, WORLD_SIZE and LOCAL_RANK.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,9 @@ from torch import Tensor
 from mpdqn.plan import Plan
 
 T = TypeVar("T")
+
+LOBBY = timedelta(days=1)
+"""How long a rank waits for the others between layouts, where a healthy run may keep it waiting for long."""
 
 LABELS = "labels"
 TD_ERRORS = "td_errors"
@@ -67,6 +71,11 @@ def launched_world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def launched_local_world_size() -> int:
+    """The number of those processes on this host."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", launched_world_size()))
+
+
 def check_device(device: str) -> None:
     """Raise ValueError unless ``device`` is ``cpu``, or ``cuda`` and torch sees a CUDA device."""
     if device not in ("cpu", "cuda"):
@@ -92,8 +101,9 @@ class World:
     """All processes of a run. Built by `World.open`; a context manager, which leaves the process groups at its end.
 
     Process groups are made by all ranks together, in the same order; `group` and `message_group` therefore must be
-    called alike on every rank. Each is made once and kept. ``lobby`` is the gloo group of all ranks, with ten times the
-    timeout: ranks without a part in a layout wait there.
+    called alike on every rank. Each is made once and kept. ``lobby`` is the gloo group of all ranks in which they meet
+    between layouts. A rank without a part waits there for as long as the others work, so its limit is `LOBBY`; a rank
+    that dies meanwhile is the launcher's business, which ends all of them.
     """
 
     rank: int
@@ -119,16 +129,15 @@ class World:
         timeout = timedelta(seconds=timeout_s)
         own, backend = torch.device("cpu"), "gloo"
         if device == "cuda":
-            local, local_size = int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            own = torch.device("cuda", local % torch.cuda.device_count())
+            own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
             torch.cuda.set_device(own)
-            backend = "nccl" if torch.cuda.device_count() >= local_size else "gloo"
+            backend = "nccl" if torch.cuda.device_count() >= launched_local_world_size() else "gloo"
         if launched():
             dist.init_process_group(backend, timeout=timeout)
         else:
             alone = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in torch's __all__
             dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
-        lobby = _new_group(range(size), 10 * timeout, "gloo")
+        lobby = _new_group(range(size), LOBBY, "gloo")
         return cls(rank=rank, size=size, device=own, timeout=timeout, lobby=lobby)
 
     def group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
@@ -147,7 +156,7 @@ class World:
     def barrier(self) -> None:
         """Wait for every rank; PeerLost names the first one that does not come."""
         try:
-            dist.monitored_barrier(self.lobby, timeout=10 * self.timeout)
+            dist.monitored_barrier(self.lobby, timeout=LOBBY)
         except RuntimeError as error:
             raise PeerLost(f"rank {self.rank} waited in vain between layouts: {_first_line(error)}") from error
 
@@ -215,6 +224,26 @@ class Mesh:
         self.pipeline_group = pipelines[self.replica] if self.member else pipelines[0]
         self.layout_group = world.group(plan.ranks)
         self._kinds = {kind: world.message_group(kind) for kind in ("F", "B", *letters, LABELS, TD_ERRORS)}
+        if self.member and dist.get_backend(self.layout_group) == "nccl":
+            self._introduce()
+
+    def _introduce(self) -> None:
+        """Send one number over every route, in one order on all ranks.
+
+        NCCL makes the communicator of a pair at its first message and holds the host until both are there. Two ranks
+        that begin with different kinds would wait for each other.
+        """
+        owners = self.plan.replica(self.replica)
+        steps = list(itertools.pairwise(owners))
+        routes = [(kind, route) for kind in self._kinds for route in (*steps, *((b, a) for a, b in reversed(steps)))]
+        routes += [(LABELS, (owners[0], owners[-1])), (TD_ERRORS, (owners[-1], owners[0]))]
+        number = torch.zeros(1, device=self.device)
+        for kind, (source, to) in routes:
+            if source != to and self.rank == source:
+                self.send(number, to, kind).wait()
+            elif source != to and self.rank == to:
+                self.receive(number, source, kind).wait()
+        self.reset_bytes()
 
     @property
     def first_rank(self) -> int:
@@ -234,12 +263,14 @@ class Mesh:
         """Start sending ``tensor`` (dense) to rank ``to``; keep the message until it was waited for."""
         self.bytes_sent += tensor.numel() * tensor.element_size()
         what = f"rank {self.rank} (stages {self.stages}) could not send {kind} to rank {to}"
-        return self._start(lambda: dist.isend(tensor, to, group=self._kinds[kind]), tensor, what)
+        group = self._kinds[kind]
+        return self._start(lambda: dist.isend(tensor, to, group=group), tensor, group, what)
 
     def receive(self, buffer: Tensor, source: int, kind: str) -> Message:
         """Start receiving into ``buffer`` (dense) from rank ``source``."""
         what = f"rank {self.rank} (stages {self.stages}) got no {kind} from rank {source}"
-        return self._start(lambda: dist.irecv(buffer, source, group=self._kinds[kind]), buffer, what)
+        group = self._kinds[kind]
+        return self._start(lambda: dist.irecv(buffer, source, group=group), buffer, group, what)
 
     def sum_over(self, group: dist.ProcessGroup, tensor: Tensor, what: str) -> Message:
         """Start the all-reduce (sum) of ``tensor`` over ``group``, in place."""
@@ -247,11 +278,13 @@ class Mesh:
         # A ring all-reduce sends 2·(n − 1)/n of the tensor from every rank.
         self.bytes_sent += 2 * (size - 1) * tensor.numel() * tensor.element_size() // size
         what = f"rank {self.rank} lost a rank of {dist.get_process_group_ranks(group)} in {what}"
-        return self._start(lambda: dist.all_reduce(tensor, group=group, async_op=True), tensor, what)
+        return self._start(lambda: dist.all_reduce(tensor, group=group, async_op=True), tensor, group, what)
 
-    def _start(self, post: Callable[[], dist.Work | None], tensor: Tensor, complaint: str) -> Message:
+    def _start(
+        self, post: Callable[[], dist.Work | None], tensor: Tensor, group: dist.ProcessGroup, complaint: str
+    ) -> Message:
         try:
-            return Message(post(), tensor, complaint, self.world.timeout)
+            return Message(post(), tensor, group, complaint, self.world.timeout)
         except RuntimeError as error:
             if not tells_of_lost_peer(error):
                 raise
@@ -267,8 +300,11 @@ class Mesh:
 class Message:
     """A message under way. Holds its tensor, because a buffer that is freed before it was sent is another's memory."""
 
-    def __init__(self, work: dist.Work | None, tensor: Tensor, complaint: str, timeout: timedelta) -> None:
-        self._work, self.tensor, self._complaint, self._timeout = work, tensor, complaint, timeout
+    def __init__(
+        self, work: dist.Work | None, tensor: Tensor, group: dist.ProcessGroup, complaint: str, timeout: timedelta
+    ) -> None:
+        self._work, self.tensor, self._group = work, tensor, group
+        self._complaint, self._timeout = complaint, timeout
 
     def wait(self) -> None:
         """Wait for the end of the message (on a GPU: make the current stream wait).
@@ -279,9 +315,14 @@ class Message:
         if self._work is None:
             return
         try:
-            self._work.wait(self._timeout)
+            if self.tensor.is_cuda and dist.get_backend(self._group) == "nccl":
+                self._work.wait()  # with a limit it would hold the host; NCCL's own watchdog keeps the group's limit
+            else:
+                self._work.wait(self._timeout)
         except RuntimeError as error:
-            limit = f"{self._timeout.total_seconds():g} s"
+            if not tells_of_lost_peer(error):
+                raise
+            limit = f"{self._timeout.total_seconds():g} s (--timeout)"
             raise PeerLost(f"{self._complaint} within {limit}: {_first_line(error)}") from error
 
 

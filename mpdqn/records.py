@@ -45,7 +45,7 @@ class Environment:
             hardware=f"{devices}, {cpu}" if devices else cpu,
             cores=len(os.sched_getaffinity(0)),
             memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-            command=" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            command=" ".join([_program(Path(sys.argv[0])), *sys.argv[1:]]),
         )
 
 
@@ -93,6 +93,11 @@ def read_records(path: Path) -> Iterator[Record]:
             yield Record.from_json(line)
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path}, line {number} is not a record of this version: {error}") from error
+
+
+def _program(path: Path) -> str:
+    """The program's name: of a package that was run with ``python -m``, the package's."""
+    return path.parent.name if path.name == "__main__.py" else path.name
 
 
 def _version(package: str) -> str:

@@ -40,7 +40,3 @@ class Timeline:
     def busy(self, rank: int, *kinds: str) -> float:
         """Seconds that ``rank`` worked, in all kinds of work or in those named."""
         return sum(s.seconds for s in self.spans if s.rank == rank and (not kinds or s.kind in kinds))
-
-    def bubble(self, rank: int) -> float:
-        """Share of the step in which ``rank`` did no work, between 0 and 1."""
-        return max(0.0, 1.0 - self.busy(rank) / self.seconds) if self.seconds > 0 else 0.0

@@ -1,7 +1,5 @@
 """`Timeline`: work and bubble of each rank."""
 
-import pytest
-
 from mpdqn.timeline import Span, Timeline
 
 LINE = Timeline(
@@ -26,14 +24,3 @@ def test_busy_is_the_work_of_one_rank_of_all_kinds_or_of_those_named():
     assert LINE.busy(0, "F", "B") == 3.0
     assert LINE.busy(1, "optimizer") == 0.0
     assert LINE.busy(2) == 0.0
-
-
-def test_the_bubble_is_the_share_of_the_step_without_work():
-    assert LINE.bubble(0) == pytest.approx(1 - 3.5 / 8)
-    assert LINE.bubble(1) == pytest.approx(1 - 3 / 8)
-    assert LINE.bubble(2) == 1.0
-
-
-def test_the_bubble_is_a_share_even_where_clocks_are_rough_or_nothing_happened():
-    assert Timeline((Span(0, "F", 0, 0, 0.0, 1.1),), 1.0).bubble(0) == 0.0
-    assert Timeline((), 0.0).bubble(0) == 0.0

@@ -56,6 +56,8 @@ def compare(
     """
     config = replace(config or CompareConfig(), **settings)
     if config.render_only is not None:
+        if launched_rank() > 0:  # rank 0 draws
+            return _comparison(config.render_only, read_run(config.render_only))
         return render(config.render_only)
     job = check(config, network, layouts)
     if launched():

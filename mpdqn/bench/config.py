@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from mpdqn.bench.layouts import Layout, default_layouts
 from mpdqn.dqn.agents import make_agent
 from mpdqn.environments import EnvironmentSpec, environment_spec
 from mpdqn.launch import check_port
-from mpdqn.mesh import check_device, check_world_size, launched, launched_world_size
+from mpdqn.mesh import check_device, check_world_size, launched, launched_local_world_size, launched_world_size
 from mpdqn.networks import NetworkFunction, load_network
 from mpdqn.records import Environment
 
@@ -94,17 +95,11 @@ class Job:
         """How many processes the widest layout needs."""
         return max(layout.ranks for layout in self.layouts)
 
-    def make_network(self) -> nn.Sequential:
-        """The network, with the same weights on every call and every rank."""
-        config = self.config
-        return load_network(
-            self.network,
-            self.spec.observation_shape,
-            self.spec.num_actions,
-            width=config.width,
-            head=config.head,
-            seed=config.seed,
-        )
+    def make_network(self, stream: int = 0) -> nn.Sequential:
+        """The network, with the same weights on every call and every rank; other ``stream``s draw other weights."""
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".* has no effect on")  # `check` has said so
+            return _load(self.config, self.network, self.spec, self.config.seed + stream)
 
 
 def check(config: CompareConfig, network: str | NetworkFunction | None = None, layouts: Sequence[str] = ()) -> Job:
@@ -146,12 +141,13 @@ def check(config: CompareConfig, network: str | NetworkFunction | None = None, l
         cores=cores,
         environment=Environment.current(f"{devices} × {torch.cuda.get_device_name()}" if devices else ""),
     )
-    chain = job.make_network()
+    chain = _load(config, job.network, spec, config.seed)
     trained = sum(any(p.requires_grad for p in layer.parameters()) for layer in chain)
     for row in rows:
-        if world_size is None and 0 < devices < job.num_ranks and row.pipeline > 1 and not row.stacked:
+        here = job.num_ranks if world_size is None else launched_local_world_size()
+        if 0 < devices < here and row.pipeline > 1 and not row.stacked:
             raise ValueError(
-                f"layout {row.name} sends messages between GPUs but {job.num_ranks} ranks share {devices}; "
+                f"layout {row.name} sends messages between GPUs but {here} ranks share {devices} here; "
                 "write +stacked, as in pp2-1f1b+stacked, or choose layouts of fewer ranks"
             )
         row.parallelism.check_batch(config.batch_size)
@@ -166,6 +162,12 @@ def check(config: CompareConfig, network: str | NetworkFunction | None = None, l
     if world_size is None:
         check_port(config.port)
     return job
+
+
+def _load(config: CompareConfig, network: str | NetworkFunction, spec: EnvironmentSpec, seed: int) -> nn.Sequential:
+    return load_network(
+        network, spec.observation_shape, spec.num_actions, width=config.width, head=config.head, seed=seed
+    )
 
 
 def _name(network: str | NetworkFunction, width: float | None) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import os
 from pathlib import Path
 
 import torch
+
+from mpdqn.allocator import release_freed_memory
 
 
 def pin(cores: list[int], share: int, rank: int) -> None:
@@ -32,7 +33,7 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    release_freed_memory()
     Path("/proc/self/clear_refs").write_text("5")
 
 

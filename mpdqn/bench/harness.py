@@ -2,22 +2,58 @@
 
     round 0  A B C      round 1  A B C      …      a ratio is taken within a round, where the machine was the same
 
-A run that was stopped goes on where it stopped: rounds that are whole in the records file are not run again.
+A run that was stopped goes on where it stopped: rounds that are whole in the records file are not run again. A round
+that was broken off is: its turns would lie hours apart.
 """
 
 from __future__ import annotations
 
+import multiprocessing
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 from tqdm import tqdm
 
 from mpdqn.records import RECORDS, Environment, Record, Value, append_records, read_records
 
-Contender = Callable[[], None]
+Update = Callable[[], None]
 """One update, or whatever is counted; it synchronises its device before it returns."""
+
+
+class Isolated:
+    """A contender in a process of its own, so that its allocator and its threads are as it leaves them."""
+
+    def __init__(self, make: Callable[[], Update]) -> None:
+        """Start the process; ``make`` is called there and returns the update. It must be picklable."""
+        self._pipe, theirs = multiprocessing.Pipe()
+        self._process = multiprocessing.get_context("spawn").Process(
+            target=_take_turns, args=(make, theirs), daemon=True
+        )
+        self._process.start()
+        theirs.close()
+
+    def rate(self, seconds: float) -> float:
+        """Calls per second in a turn; RuntimeError if the process has failed, with its error."""
+        try:
+            self._pipe.send(seconds)
+            answer = self._pipe.recv()
+        except (EOFError, BrokenPipeError) as error:
+            raise RuntimeError(f"a contender's process ended with code {self._process.exitcode}") from error
+        if isinstance(answer, str):
+            raise RuntimeError(f"a contender failed:\n{answer}")
+        return float(answer)
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.terminate()
+        self._process.join()
+
+
+Contender = Update | Isolated
 
 
 def interleave(
@@ -53,14 +89,21 @@ def interleave(
     path = folder / RECORDS
     common = {"workload": workload, **settings}
     kept = [r for r in (read_records(path) if path.exists() else ()) if r.settings.get("workload") == workload]
+    environment = Environment.current()
     for r in kept:
         if r.seed != seed or dict(r.settings) | {"contender": None} != common | {"contender": None}:
             raise ValueError(
                 f"{path} holds {workload!r} with seed {r.seed} and settings {dict(r.settings)}; choose another --out"
             )
-    environment = Environment.current()
-    done = {(r.settings["contender"], r.round) for r in kept}
-    turns = [(r, name) for r in range(rounds) for name in contenders if (name, r) not in done]
+        if (r.environment.hardware, dict(r.environment.versions)) != (environment.hardware, environment.versions):
+            raise ValueError(f"{path} holds {workload!r} of another machine or other versions; choose another --out")
+    begun = {k.round for k in kept}
+    whole = {r for r in begun if {k.settings["contender"] for k in kept if k.round == r} == set(contenders)}
+    if begun != whole:
+        kept = [k for k in kept if k.round in whole]
+        others = [r for r in read_records(path) if r.settings.get("workload") != workload]
+        path.write_text("".join(r.to_json() + "\n" for r in (*others, *kept)))
+    turns = [(r, name) for r in range(rounds) if r not in whole for name in contenders]
     for r, name in tqdm(turns, desc=workload, unit="turn", file=sys.stderr):
         record = Record(
             experiment=experiment,
@@ -76,7 +119,20 @@ def interleave(
     return tuple(kept)
 
 
+def _take_turns(make: Callable[[], Update], pipe: Connection) -> None:
+    try:
+        update = make()
+        while True:
+            pipe.send(_rate(update, pipe.recv()))
+    except (EOFError, KeyboardInterrupt):
+        return
+    except Exception:
+        pipe.send(traceback.format_exc())
+
+
 def _rate(contender: Contender, seconds: float) -> float:
+    if isinstance(contender, Isolated):
+        return contender.rate(seconds)
     contender()
     calls, begin = 0, time.perf_counter()
     while calls < 2 or time.perf_counter() - begin < seconds:

@@ -120,9 +120,13 @@ class Layout:
         build = Plan.stacked if self.stacked else Plan.rectangular
         return [build(partition, self.parallelism)]
 
-    def oversubscribed(self, cores: int, devices: int) -> bool:
-        """Whether its ranks together want more cores than there are, or more GPUs where GPUs are used."""
-        return self.ranks > devices if devices else self.ranks * self.threads > cores
+    def oversubscribed(self, cores: int, devices: int, local_world_size: int | None = None) -> bool:
+        """Whether its ranks on one host want more cores than that has, or more GPUs where GPUs are used.
+
+        ``local_world_size`` is the number of ranks on a host where a launcher dealt them to several.
+        """
+        ranks = self.ranks if local_world_size is None else min(self.ranks, local_world_size)
+        return ranks > devices if devices else ranks * self.threads > cores
 
 
 def default_layouts(

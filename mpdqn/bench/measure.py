@@ -52,15 +52,16 @@ def combine(
 ) -> Mapping[str, Value]:
     """The values of a record, from all ranks of ``layout`` in the order of their ranks.
 
-    A rank's bubble is the share of its replica's pipeline phase, the time until the last action of any of its stages,
-    in which it ran no action. The wait for that last action is taken out of the rank's exchange time.
+    A rank's bubble is the share of its replica's pipeline phase in which it ran no action. The phase is that of the
+    first stage, which begins with the batch in hand and runs the last action of every schedule here. A rank's wait for
+    that last action is taken out of its exchange time.
     """
     step_s = max(rank.step_s for rank in ranks)
     depth = len(ranks) // (layout.copies * layout.data)
     bubbles, exchange = [], []
     for first in range(0, len(ranks), depth):
         replica = ranks[first : first + depth]
-        phase = max(rank.pipeline_s for rank in replica)
+        phase = replica[0].pipeline_s
         bubbles += [max(0.0, 1 - rank.compute_s / phase) for rank in replica]
         exchange += [max(0.0, rank.exchange_s - (phase - rank.pipeline_s)) for rank in replica]
     formula = bubble_fraction(depth, layout.num_microbatches, profile.forward_ms, profile.backward_ms, num_passes)

@@ -17,9 +17,14 @@ def speed_table(records: Iterable[Record], title: str, *, peers: Sequence[str]) 
         peers: the contenders that every one is measured against, each in a column of its own.
     """
     rates: dict[str, dict[str, dict[int, float]]] = {}
-    environment = None
+    environments: dict[str, None] = {}
     for record in records:
-        environment = record.environment
+        e = record.environment
+        versions = ", ".join(f"{name} {version}" for name, version in e.versions.items())
+        environments[
+            f"{e.hardware}, {e.cores} cores; {versions}; commit {e.commit or 'unknown'}; command: {e.command}; "
+            f"seed {record.seed}, {record.settings.get('threads')} threads"
+        ] = None
         workload, contender = str(record.settings["workload"]), str(record.settings["contender"])
         rate = record.values["calls_per_s"]
         assert isinstance(rate, float)
@@ -32,16 +37,17 @@ def speed_table(records: Iterable[Record], title: str, *, peers: Sequence[str]) 
                 ratios = [own[r] / other for r, other in by_contender.get(peer, {}).items() if r in own]
                 against.append(f"{spread(summarize(ratios), 2)}×" if ratios and contender != peer else "–")
             rows.append((workload, contender, spread(summarize(own.values()), 1), *against))
-    where = f"{environment.hardware}, {environment.cores} cores" if environment else ""
-    versions = ", ".join(f"{k} {v}" for k, v in environment.versions.items()) if environment else ""
     return Table(
         title=title,
         columns=("workload", "contender", "per second", *(f"× {peer}" for peer in peers)),
         rows=tuple(rows),
         notes=(
-            f"median [min–max] of {len(next(iter(next(iter(rates.values())).values())))} interleaved rounds; "
-            "ratios are taken within a round",
-            where,
-            versions,
+            f"median [min–max] of {_counts(rates)} interleaved rounds; ratios are taken within a round",
+            *environments,
         ),
     )
+
+
+def _counts(rates: dict[str, dict[str, dict[int, float]]]) -> str:
+    counts = {len(rounds) for by_contender in rates.values() for rounds in by_contender.values()}
+    return "–".join(str(count) for count in sorted({min(counts, default=0), max(counts, default=0)}))

@@ -7,6 +7,7 @@ all ranks                       shards, profile ───┴─ for each round: 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -22,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mpdqn.actors import collect
+from mpdqn.allocator import keep_freed_memory
 from mpdqn.bench.config import Job
 from mpdqn.bench.cores import peak_memory, pin, reset_peak_memory
 from mpdqn.bench.costs import cost_table
@@ -29,8 +31,8 @@ from mpdqn.bench.layouts import Layout
 from mpdqn.bench.measure import RankMeasurement, combine
 from mpdqn.dqn.agents import make_agent
 from mpdqn.environments import FRAMES_PER_ACTION
-from mpdqn.learner import Learner, LearnStep, gather_by_name
-from mpdqn.mesh import Mesh, World
+from mpdqn.learner import Learner, LearnerConfig, LearnStep, gather_by_name
+from mpdqn.mesh import Mesh, World, launched_local_world_size
 from mpdqn.networks import MemoryFormat, choose_memory_format, set_memory_format
 from mpdqn.partition import balance, profile
 from mpdqn.plan import Partition, Profile
@@ -48,6 +50,7 @@ def run_trials(job: Job) -> tuple[Path, tuple[Record, ...]]:
     Returns:
         the folder and all records, on every rank.
     """
+    keep_freed_memory()
     with World.open(job.config.device, job.config.timeout) as world:
         folder = world.from_first(_new_folder(job) if world.rank == 0 else Path())
         Trials(world, job).run(folder)
@@ -57,9 +60,12 @@ def run_trials(job: Job) -> tuple[Path, tuple[Record, ...]]:
 def _new_folder(job: Job) -> Path:
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     name = re.sub(r"[^\w.-]+", "_", f"{stamp}-{job.config.env}-{job.network_name}")
-    folder = job.config.out / name
-    folder.mkdir(parents=True, exist_ok=False)
-    return folder
+    for suffix in ("", *(f"-{count}" for count in range(2, 1000))):  # two runs may start within a second
+        with contextlib.suppress(FileExistsError):
+            folder = job.config.out / (name + suffix)
+            folder.mkdir(parents=True)
+            return folder
+    raise FileExistsError(f"{job.config.out / name} and 998 more exist; choose another --out")
 
 
 class Trials:
@@ -71,7 +77,7 @@ class Trials:
         # A step runs each layer forward once with a graph and once more for every no-gradient pass.
         self._forward_passes = 1 + len(self._agent.passes)
         self._first = world.rank == 0
-        self._everything = len(job.cores)
+        self._num_cores = len(job.cores)
 
     def run(self, folder: Path) -> None:
         """Prepare, then measure every layout in every round; rank 0 writes to ``folder``."""
@@ -119,7 +125,7 @@ class Trials:
             seed=config.seed,
             stack=self._job.spec.observation_shape[0],
         )
-        pin(list(self._job.cores), self._everything, 0)
+        pin(list(self._job.cores), self._num_cores, 0)
         if self._first:
             network = self._job.make_network().to(self._world.device)
             stats = collect(
@@ -134,7 +140,9 @@ class Trials:
             )
             print(
                 f"collected {stats.transitions} transitions ({stats.frames} frames) of {config.env} in "
-                f"{stats.seconds:.1f} s: {stats.episodes} episodes ended, {len(shards)} transitions can be sampled",
+                f"{stats.seconds:.1f} s: {stats.episodes} episodes ended"
+                f"{f', mean return {stats.mean_return:.1f}' if stats.episodes else ''}; "
+                f"{len(shards)} transitions can be sampled",
                 flush=True,
             )
         state = {name: tensor.clone() for name, tensor in shards.state().items()}
@@ -148,7 +156,7 @@ class Trials:
         text = ""
         if self._first:
             pipelines = [layout for layout in self._job.layouts if layout.pipeline > 1]
-            threads = min((layout.threads for layout in pipelines), default=self._everything)
+            threads = min((layout.threads for layout in pipelines), default=self._num_cores)
             pin(list(self._job.cores), threads, 0)
             network = self._job.make_network().to(self._world.device)
             frames = self._shards.sample(self._config.batch_size, 0).obs.to(self._world.device)
@@ -165,21 +173,28 @@ class Trials:
 
     def _reference(self) -> tuple[dict[str, Tensor], Tensor] | None:
         """Gradients and TD errors of the single process on the first batch, on rank 0."""
-        layout = Layout(threads=self._everything)
-        learner = self._build(layout)
+        layout = Layout(threads=self._num_cores)
+        learner = self._build(layout, probe=True)
         if learner is None:
             return None
-        step = self._learn(learner, layout, 0)
-        assert step.td_errors is not None
-        return _gradients(learner), step.td_errors.cpu()
+        td_errors, gradients = self._probe(learner, layout)
+        assert td_errors is not None
+        return gradients, td_errors.cpu()
+
+    def _probe(self, learner: Learner, layout: Layout) -> tuple[Tensor | None, dict[str, Tensor]]:
+        # TF32 rounds to 10 bits, differently for every shape: the layouts could not be told from wrong ones.
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            td_errors = self._learn(learner, layout, 0).td_errors
+        gradients = {name: p.grad for name, p in learner.named_parameters() if p.grad is not None}
+        return td_errors, gather_by_name(learner, gradients)
 
     def _check(self, layout: Layout, reference: tuple[dict[str, Tensor], Tensor] | None) -> dict[str, Value]:
         """On rank 0: how far the gradients and TD errors of one update are from those of the single process."""
-        learner = self._build(layout)
-        td_errors, gradients = None, {}
+        learner = self._build(layout, probe=True)
+        td_errors: Tensor | None = None
+        gradients: dict[str, Tensor] = {}
         if learner is not None:
-            td_errors = self._learn(learner, layout, 0).td_errors
-            gradients = _gradients(learner)
+            td_errors, gradients = self._probe(learner, layout)
         parts = self._world.to_first(None if td_errors is None else td_errors.cpu())
         if reference is None:
             return {}
@@ -222,23 +237,33 @@ class Trials:
         self._shards.return_td_errors(batch.index, step.td_errors.cpu(), owned)
         return step
 
-    def _build(self, layout: Layout) -> Learner | None:
-        """This rank's learner in ``layout``, pinned to its share of the cores; None without a part."""
+    def _build(self, layout: Layout, *, probe: bool = False) -> Learner | None:
+        """This rank's learner in ``layout``, pinned to its share of the cores; None without a part.
+
+        A ``probe`` is made to show differences: its target network has other weights than the online one, so that the
+        passes cannot stand in for one another, and its gradients are not clipped, so that their scale shows.
+        """
         cut = self._cuts[layout.pipeline] if layout.pipeline in self._cuts else self._cut(layout.pipeline)
         meshes = [Mesh(self._world, plan, self._agent.letters) for plan in layout.plans(cut)]
         mesh = next((mesh for mesh in meshes if mesh.member), None)
         if mesh is None:
             return None
         pin(list(self._job.cores), layout.threads, self._world.rank)
-        network = self._job.make_network().to(self._world.device)
+        network = self._job.make_network()
         set_memory_format(network, cast(MemoryFormat, self._profile.memory_format))
-        return Learner(
+        learner = Learner(
             network,
             mesh=mesh,
             agent=self._agent,
             batch_size=self._config.batch_size,
             observation_shape=self._job.spec.observation_shape,
+            config=LearnerConfig(max_grad_norm=float("inf")) if probe else LearnerConfig(),
         )
+        if probe:
+            weights = self._job.make_network(stream=1).state_dict()
+            for stage in learner.stages:
+                stage.target.load_state_dict({name: weights[name] for name in stage.target.state_dict()})
+        return learner
 
     def _settings(self, layout: Layout) -> dict[str, Value]:
         config, devices = self._config, torch.cuda.device_count() if self._config.device == "cuda" else 0
@@ -252,7 +277,7 @@ class Trials:
             "ranks": layout.ranks,
             "threads": layout.threads,
             "stacked": layout.stacked,
-            "oversubscribed": layout.oversubscribed(self._everything, devices),
+            "oversubscribed": layout.oversubscribed(self._num_cores, devices, launched_local_world_size()),
             "network": self._job.network_name,
             "head": config.head,
             "environment": config.env,
@@ -262,14 +287,11 @@ class Trials:
             "device": config.device,
             "backend": dist.get_backend(),
             "memory_format": self._profile.memory_format,
+            "tf32": config.device == "cuda" and torch.backends.cudnn.allow_tf32,
             "boundaries": "-".join(map(str, self._cuts[layout.pipeline].boundaries)),
             "steps": config.steps,
             "frames_per_transition": FRAMES_PER_ACTION,
         }
-
-
-def _gradients(learner: Learner) -> dict[str, Tensor]:
-    return gather_by_name(learner, {name: p.grad for name, p in learner.named_parameters() if p.grad is not None})
 
 
 def _relative_error(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:

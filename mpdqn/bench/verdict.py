@@ -49,8 +49,8 @@ class Loss:
     parts: Mapping[str, float]
 
     def share(self, part: str) -> float:
-        """The share of the step that goes to ``part``."""
-        return self.parts[part] / self.step_s
+        """The share of the step that goes to ``part``, at most all that the step is longer than the ideal."""
+        return min(self.parts[part], max(0.0, self.step_s - self.ideal_s)) / self.step_s
 
     @property
     def largest(self) -> str:

@@ -35,4 +35,5 @@ class Scale(nn.Module):
             )
         channels_last = self.follower.is_contiguous(memory_format=torch.channels_last)
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        return frames.to(dtype=self.follower.dtype, memory_format=memory_format).div_(255)
+        # In this order, because torch converts dtype and layout together, or uint8 layouts, at half the speed on a CPU.
+        return frames.to(self.follower.dtype).div_(255).contiguous(memory_format=memory_format)

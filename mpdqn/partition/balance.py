@@ -23,29 +23,38 @@ def balance(profile: Profile, num_stages: int, *, forward_passes: int = 1) -> Pa
 
     A layer costs ``forward_passes`` forwards and one backward, in ms: a DQN step also runs the target network
     (``forward_passes=2``), Double DQN the online network on the next observation too (3). Among the partitions with
-    the same bottleneck, the one with the fewest bytes across its cuts is taken.
+    the same bottleneck, the one with the fewest bytes across its cuts is taken. Every stage gets a layer that has
+    parameters, since one without has nothing to train (unless no layer has any).
 
     Raises:
-        ValueError: for more stages than layers, ``forward_passes`` below 1, or a negative or non-finite time.
+        ValueError: for more stages than layers with parameters, ``forward_passes`` below 1, or a negative or non-finite
+            time.
     """
     if forward_passes < 1:
         raise ValueError(f"forward_passes is {forward_passes} but a step runs at least 1 forward pass")
     costs = [forward_passes * layer.forward_ms + layer.backward_ms for layer in profile.layers]
     cut_costs = [layer.boundary_bytes for layer in profile.layers]
-    return Partition(boundaries=balance_costs(costs, num_stages, cut_costs=cut_costs))
+    trained = [layer.parameter_bytes > 0 for layer in profile.layers]
+    required = trained if any(trained) else None
+    return Partition(boundaries=balance_costs(costs, num_stages, cut_costs=cut_costs, required=required))
 
 
 def balance_costs(
-    costs: Sequence[float], num_stages: int, *, cut_costs: Sequence[float] | None = None
+    costs: Sequence[float],
+    num_stages: int,
+    *,
+    cut_costs: Sequence[float] | None = None,
+    required: Sequence[bool] | None = None,
 ) -> tuple[int, ...]:
     """The boundaries 0 … n of the best partition of a chain of n layers into exactly ``num_stages`` non-empty stages.
 
     Best is, in this order: the smallest cost of the costliest stage; the smallest sum of ``cut_costs`` over the cuts,
     where ``cut_costs[i]`` is what a cut after layer i costs (nothing if not given); the lexicographically smallest
-    boundaries. All three are exact, also for float costs.
+    boundaries. All three are exact, also for float costs. If ``required`` is given, every stage must hold at least one
+    layer i with ``required[i]``.
 
     Raises:
-        ValueError: for more stages than layers, or a cost that is negative or not finite.
+        ValueError: for more stages than layers (that are required), or a cost that is negative or not finite.
     """
     n = len(costs)
     if num_stages < 1:
@@ -55,11 +64,18 @@ def balance_costs(
             f"{num_stages} stages need {num_stages} layers but the chain has {n}; ask for at most {n} stages or "
             "write the network in smaller layers"
         )
-    if cut_costs is not None and len(cut_costs) != n:
-        raise ValueError(f"there are {len(cut_costs)} cut costs for {n} layers; give one per layer, the last included")
+    for what, given in (("cut costs", cut_costs), ("required flags", required)):
+        if given is not None and len(given) != n:
+            raise ValueError(f"there are {len(given)} {what} for {n} layers; give one per layer, the last included")
+    held = [0, *itertools.accumulate([1] * n if required is None else map(int, required))]
+    if num_stages > held[n]:
+        raise ValueError(
+            f"{num_stages} stages need {num_stages} layers with parameters but the chain has {held[n]}; ask for at "
+            f"most {held[n]} stages or write the network in smaller layers"
+        )
     prefix = [0, *itertools.accumulate(_integers(costs, "cost"))]
     cuts = [0] * n if cut_costs is None else _integers(cut_costs, "cut cost")
-    return _least_traffic(prefix, cuts, num_stages, limit=_bottleneck(prefix, num_stages))
+    return _least_traffic(prefix, held, cuts, num_stages, limit=_bottleneck(prefix, held, num_stages))
 
 
 def _integers(costs: Sequence[float], what: str) -> list[int]:
@@ -74,28 +90,40 @@ def _integers(costs: Sequence[float], what: str) -> list[int]:
     return [numerator * (scale // denominator) for numerator, denominator in ratios]
 
 
-def _bottleneck(prefix: Sequence[int], num_stages: int) -> int:
-    """The smallest possible cost of the costliest stage; ``prefix[i]`` is the cost of the first i layers."""
+def _bottleneck(prefix: Sequence[int], held: Sequence[int], num_stages: int) -> int:
+    """The smallest possible cost of the costliest stage.
+
+    ``prefix[i]`` is the cost of the first i layers, ``held[i]`` how many of them are such that a stage must hold one.
+    """
     n = len(prefix) - 1
-    best = list(prefix)  # best[i]: the bottleneck of the first i layers in the stages so far, here one stage
+    impossible = prefix[n] + 1
+    # best[i]: the bottleneck of the first i layers in the stages so far, here one stage
+    best = [prefix[i] if held[i] else impossible for i in range(n + 1)]
     for stages in range(2, num_stages + 1):
         # Downwards, so that best[cut < i] still speaks of one stage fewer.
         for i in range(n, stages - 1, -1):
-            bottleneck = prefix[n]
+            bottleneck = impossible
             for cut in range(i - 1, stages - 2, -1):
                 last = prefix[i] - prefix[cut]
                 if last >= bottleneck:  # the last stage only grows from here on
                     break
-                bottleneck = min(bottleneck, max(best[cut], last))
+                if held[i] > held[cut]:
+                    bottleneck = min(bottleneck, max(best[cut], last))
             best[i] = bottleneck
     return best[n]
 
 
-def _least_traffic(prefix: Sequence[int], cuts: Sequence[int], num_stages: int, limit: int) -> tuple[int, ...]:
+def _least_traffic(
+    prefix: Sequence[int], held: Sequence[int], cuts: Sequence[int], num_stages: int, limit: int
+) -> tuple[int, ...]:
     """The boundaries with the least traffic whose stages all cost at most ``limit``, the smallest such boundaries."""
     n = len(prefix) - 1
-    # traffic[i]: the least traffic of the layers from i on in the stages so far; None where ``limit`` forbids.
-    traffic: list[int | None] = [0 if prefix[n] - prefix[i] <= limit and i < n else None for i in range(n + 1)]
+
+    def fits(start: int, end: int) -> bool:
+        return prefix[end] - prefix[start] <= limit and held[end] > held[start]
+
+    # traffic[i]: the least traffic of the layers from i on in the stages so far; None where no stages fit.
+    traffic: list[int | None] = [0 if fits(i, n) else None for i in range(n + 1)]
     ends: list[list[int]] = []  # ends[k][i]: where the first of k + 2 stages that start at layer i ends
     for _ in range(num_stages - 1):
         longer: list[int | None] = [None] * (n + 1)
@@ -106,7 +134,7 @@ def _least_traffic(prefix: Sequence[int], cuts: Sequence[int], num_stages: int, 
                     break
                 rest = traffic[end]
                 best = longer[i]
-                if rest is not None and (best is None or cuts[end - 1] + rest < best):
+                if fits(i, end) and rest is not None and (best is None or cuts[end - 1] + rest < best):
                     longer[i], end_of[i] = cuts[end - 1] + rest, end
         traffic = longer
         ends.append(end_of)

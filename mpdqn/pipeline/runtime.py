@@ -73,7 +73,7 @@ class Pipeline:
         values: dict[tuple[str, int], Tensor] = {}
         losses: dict[int, Tensor] = {}
         for action in self.order:
-            for message in arriving.pop(action, ()):
+            for message in arriving.pop(action, ()) or self._post(action):
                 message.wait()
             begin = stopwatch.now()
             if action.kind == BACKWARD:
@@ -93,17 +93,23 @@ class Pipeline:
             runner.clear_runtime_states()
 
     def _post_receives(self) -> dict[Action, list[Message]]:
-        """Every receive of this step, posted; by the action that waits for it."""
-        arriving: dict[Action, list[Message]] = {}
-        for action in self._arrivals:
-            stage, kind, i = action
-            source = stage + 1 if kind == BACKWARD else stage - 1
-            if not 0 <= source < self._mesh.num_stages or self._mesh.rank_of(source) == self._mesh.rank:
-                continue
-            runner = self._runner(action)
-            ops = runner.get_bwd_recv_ops(i) if kind == BACKWARD else runner.get_fwd_recv_ops(i)
-            arriving[action] = [self._mesh.receive(_flat(op.tensor), self._mesh.rank_of(source), kind) for op in ops]
-        return arriving
+        """Every receive of this step, posted; by the action that waits for it.
+
+        On a GPU none is: a receive that waits in a stream may hold up the very work that its sender waits for, so there
+        each is posted when its action comes.
+        """
+        ahead = self._arrivals if self._mesh.device.type == "cpu" else ()
+        return {action: self._post(action) for action in ahead}
+
+    def _post(self, action: Action) -> list[Message]:
+        """The receives that ``action`` waits for, posted; none if its inputs come from this rank."""
+        stage, kind, i = action
+        source = stage + 1 if kind == BACKWARD else stage - 1
+        if not 0 <= source < self._mesh.num_stages or self._mesh.rank_of(source) == self._mesh.rank:
+            return []
+        runner = self._runner(action)
+        ops = runner.get_bwd_recv_ops(i) if kind == BACKWARD else runner.get_fwd_recv_ops(i)
+        return [self._mesh.receive(_flat(op.tensor), self._mesh.rank_of(source), kind) for op in ops]
 
     def _forward(self, action: Action, frames: Sequence[Tensor], leaving: list[Message]) -> Tensor:
         stage, kind, i = action

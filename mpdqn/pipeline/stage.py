@@ -18,7 +18,8 @@ class Stage:
     """Stage ``index``: the same layers of the online and the target network, with global parameter names.
 
     ``example_input`` and ``example_output`` are meta tensors of one micro-batch, with the shape, dtype and strides that
-    every micro-batch has at this stage's two ends.
+    every micro-batch has at this stage's two ends. ``value_dtype`` is that of the whole network's output, known to
+    every rank, whatever its own layers compute in.
     """
 
     index: int
@@ -26,6 +27,7 @@ class Stage:
     target: nn.Sequential
     example_input: Tensor
     example_output: Tensor
+    value_dtype: torch.dtype
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The online parameters, under their global names."""
@@ -65,7 +67,14 @@ def build_stages(
         online = modules[index].to(device)
         target = copy.deepcopy(online).requires_grad_(False)
         stages.append(
-            Stage(index=index, online=online, target=target, example_input=ends[index], example_output=ends[index + 1])
+            Stage(
+                index=index,
+                online=online,
+                target=target,
+                example_input=ends[index],
+                example_output=ends[index + 1],
+                value_dtype=ends[-1].dtype,
+            )
         )
     return stages
 

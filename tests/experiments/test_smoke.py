@@ -1,0 +1,53 @@
+"""Each experiment's real main runs, made small."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mpdqn.records import RECORDS, read_records
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(experiment: str, *flags: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", f"experiments.{experiment}", "--smoke", *flags],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_experiment_is_run_here() -> None:
+    files = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"__init__"}
+    assert files == {"learner_speed", "pipeline_efficiency"}, "give a new experiment its test"
+
+
+def test_learner_speed_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    table = run("learner_speed", "--out", str(tmp_path))
+    assert (tmp_path / "table.md").read_text() in table
+    records = list(read_records(tmp_path / RECORDS))
+    names = ["mpdqn", "plain torch", "TorchRL DQNLoss", "plain torch, tuned", "TorchRL DQNLoss, tuned"]
+    assert [record.settings["contender"] for record in records] == names
+    assert run("learner_speed", "--out", str(tmp_path)) == table, "all is there: nothing is measured again"
+    assert list(read_records(tmp_path / RECORDS)) == records
+
+
+@pytest.mark.timeout(600)
+def test_pipeline_efficiency(tmp_path: Path) -> None:
+    output = run("pipeline_efficiency", "--rounds", "1", "--transitions", "64", "--out", str(tmp_path))
+    (folder,) = tmp_path.iterdir()
+    table = (folder / "efficiency.md").read_text()
+    assert table in output
+    records = list(read_records(folder / RECORDS))
+    assert [record.row for record in records] == ["2*single@1/m8", "single@1/m8", "pp2-gpipe/m8", "pp2-1f1b/m8"]
+    for record in records:
+        assert f"| {record.row} " in table
+        assert record.values["gradient_error"] < 5e-5  # type: ignore[operator]

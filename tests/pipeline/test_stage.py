@@ -1,0 +1,115 @@
+"""`build_stages`: names, targets of their own, and the memory of what crosses a cut."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from mpdqn.networks import make_network, set_memory_format
+from mpdqn.pipeline.stage import Stage, build_stages
+from mpdqn.plan import Partition
+
+FRAMES, CPU = (4, 44, 44), torch.device("cpu")
+THIRDS = Partition(boundaries=(0, 4, 8, 11))
+
+
+def network(memory_format: str = "contiguous") -> nn.Sequential:
+    chain = make_network("nature", FRAMES, 5, fc=32, seed=3)
+    set_memory_format(chain, memory_format)  # type: ignore[arg-type]
+    return chain
+
+
+def stages(chain: nn.Sequential, indices: tuple[int, ...] = (0, 1, 2)) -> list[Stage]:
+    return build_stages(chain, THIRDS, indices, FRAMES, 6, CPU)
+
+
+def test_parameters_are_the_networks_own_under_global_names() -> None:
+    chain = network()
+    built = stages(chain, (0, 2))
+    assert [stage.index for stage in built] == [0, 2]
+    own = dict(chain.named_parameters())
+    for stage in built:
+        for name, parameter in stage.named_parameters():
+            assert parameter is own[name]
+    layers = dict.fromkeys(name.split(".")[0] for stage in built for name, _ in stage.named_parameters())
+    assert list(layers) == ["conv1", "conv2", "fc", "head"]
+
+
+def test_the_target_starts_equal_and_stays_apart() -> None:
+    (stage,) = stages(network(), (1,))
+    x = torch.randn(6, *stage.example_input.shape[1:])
+    assert torch.equal(stage.online(x), stage.target(x))
+    with torch.no_grad():
+        for parameter in stage.online.parameters():
+            parameter += 1
+    assert not torch.equal(stage.online(x), stage.target(x))
+    assert not any(p.requires_grad for p in stage.target.parameters())
+    addresses = [p.data_ptr() for p in stage.target.parameters()]
+    stage.refresh_target()
+    assert torch.equal(stage.online(x), stage.target(x))
+    assert [p.data_ptr() for p in stage.target.parameters()] == addresses, "a copy, not a share"
+    assert all(p.requires_grad for p in stage.online.parameters())
+
+
+def test_buffers_are_refreshed_too() -> None:
+    class Shift(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("by", torch.zeros(()))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.float() + self.by
+
+    chain = nn.Sequential(Shift(), nn.Flatten(), nn.Linear(12, 2))
+    (stage,) = build_stages(chain, Partition(boundaries=(0, 3)), (0,), (3, 2, 2), 1, CPU)
+    chain[0].by.fill_(5)
+    assert stage.target[0].by == 0
+    stage.refresh_target()
+    assert stage.target[0].by == 5
+
+
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_the_ends_of_a_stage_tell_what_crosses_them(memory_format: str) -> None:
+    """A message is memory without strides: both sides must know beforehand how it lies."""
+    chain = network(memory_format)
+    built = stages(chain)
+    x = torch.randint(256, (6, *FRAMES), dtype=torch.uint8)
+    for stage in built:
+        assert stage.example_input.device.type == "meta"
+        assert (stage.example_input.shape, stage.example_input.dtype) == (x.shape, x.dtype)
+        x = stage.online(x)
+        assert (stage.example_output.shape, stage.example_output.dtype) == (x.shape, x.dtype)
+        assert stage.example_output.stride() == x.stride()
+        assert stage.example_output.requires_grad
+    assert not built[0].example_input.requires_grad, "frames take no gradient"
+    crossing = built[0].example_output
+    last = crossing.is_contiguous(memory_format=torch.channels_last)
+    assert last == (memory_format == "channels_last")
+
+
+def test_building_looks_at_the_network_and_leaves_it() -> None:
+    """Shapes come from two frames without gradient: no statistics move, no random number is drawn."""
+    chain = network()
+    state = {name: tensor.clone() for name, tensor in chain.state_dict().items()}
+    random = torch.get_rng_state()
+    stages(chain)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in chain.state_dict().items())
+    assert all(p.grad is None for p in chain.parameters())
+
+
+class Float(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1).float()
+
+
+def test_a_stage_does_not_write_into_what_it_received() -> None:
+    """Only the layers before its first new memory are told so; behind, writing in place stays as it saves memory."""
+    relus = [nn.ReLU(inplace=True) for _ in range(4)]
+    chain = nn.Sequential(
+        *(Float(), nn.Linear(12, 8), relus[0], nn.Linear(8, 8)),
+        *(relus[1], nn.Identity(), relus[2], nn.Linear(8, 8), relus[3], nn.Linear(8, 2)),
+    )
+    build_stages(chain, Partition(boundaries=(0, 4, 10)), (0, 1), (3, 2, 2), 2, CPU)
+    assert [relu.inplace for relu in relus] == [True, False, False, True]

@@ -1,0 +1,401 @@
+"""The `mpdqn` command as a user starts it: whole runs in processes of their own, and nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from mpdqn.bench import compare as module
+from mpdqn.cli import main
+from mpdqn.records import RECORDS, Record, read_records
+
+ROOT = Path(__file__).parents[1]
+MPDQN = [sys.executable, "-W", "error", "-m", "mpdqn"]
+RUN_S = 280.0
+"""A smoke run takes 20 s on two idle cores; the machine may be busy."""
+END_S = 60.0
+
+pytestmark = pytest.mark.timeout(600)
+
+FILES = {
+    "environment.json",
+    "profile.json",
+    "records.jsonl",
+    "table.md",
+    "table.tex",
+    "throughput.png",
+    "throughput.svg",
+}
+
+NETWORK = """
+from torch import nn
+
+class Frames(nn.Module):
+    def forward(self, x):
+        return x.float() / 255
+
+def make_network(shape, actions):
+    return nn.Sequential(
+        Frames(), nn.Conv2d(shape[0], 8, 8, 4), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 4, 2), nn.ReLU(inplace=True),
+        nn.Flatten(), nn.Linear(8 * 81, 64), nn.ReLU(inplace=True), nn.Linear(64, actions),
+    )
+"""
+
+
+def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
+    """A command in ``folder``, in a process group of its own; its temporary files name the folder, and it them."""
+    return subprocess.Popen(
+        arguments,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+
+
+def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    process = start(arguments, folder)
+    try:
+        out, err = process.communicate(timeout=RUN_S)
+    finally:
+        end(process)
+    assert_nothing_left(folder, torchrun="torch.distributed.run" in arguments)
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+def end(process: subprocess.Popen[str]) -> None:
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def processes_of(folder: Path) -> dict[int, str]:
+    """Processes that were started with ``folder`` as TMPDIR, by their command lines."""
+    found = {}
+    mark = f"TMPDIR={folder}".encode()
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark in (path / "environ").read_bytes().split(b"\0"):
+                line = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                if line:  # a zombie has none
+                    found[int(path.name)] = line
+    return found
+
+
+def assert_nothing_left(folder: Path, torchrun: bool = False) -> None:
+    assert processes_of(folder) == {}
+    assert not list(folder.glob("mpdqn-*"))
+    if not torchrun:  # which leaves a folder for its own logs
+        assert not list(folder.glob("torchelastic*"))
+
+
+def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"no {what} within {seconds:g} s"
+        time.sleep(0.1)
+
+
+def run_folder(out: Path) -> Path:
+    (folder,) = out.iterdir()
+    return folder
+
+
+def rows(folder: Path) -> dict[str, list[Record]]:
+    by_row: dict[str, list[Record]] = {}
+    for record in read_records(folder / RECORDS):
+        by_row.setdefault(record.row, []).append(record)
+    return by_row
+
+
+def check_run(folder: Path, expected: list[str], rounds: int) -> None:
+    """All files, all rows, in interleaved rounds, each exact."""
+    assert {path.name for path in folder.iterdir()} == FILES
+    records = list(read_records(folder / RECORDS))
+    assert [(r.round, r.row) for r in records] == [(i, name) for i in range(rounds) for name in expected]
+    for record in records:
+        values = record.values
+        assert isinstance(values["gradient_error"], float)
+        assert values["gradient_error"] < 5e-5, record.row
+        assert isinstance(values["td_error_error"], float)
+        assert values["td_error_error"] < 5e-5, record.row
+        assert isinstance(values["transitions_per_s"], float)
+        assert values["transitions_per_s"] > 0
+        ranks = record.settings["ranks"]
+        for key in ("compute_s", "exchange_s", "bytes_sent", "peak_memory_bytes"):
+            assert len(values[key]) == ranks  # type: ignore[arg-type]
+        assert min(values["peak_memory_bytes"]) > 2**27  # type: ignore[type-var, arg-type]
+    table = (folder / "table.md").read_text()
+    for name in expected:
+        assert f"| {name} " in table
+    assert "Verdict: " in table
+    about = json.loads((folder / "environment.json").read_text())
+    assert about["environment"]["versions"]["torch"]
+    assert json.loads((folder / "profile.json").read_text())["layers"]
+    assert b"<svg" in (folder / "throughput.svg").read_bytes()
+    assert (folder / "throughput.png").read_bytes().startswith(b"\x89PNG")
+
+
+def default_rows(m: int = 2) -> list[str]:
+    cores = len(os.sched_getaffinity(0))
+    everything = [f"single@{cores}", f"single@{cores}/m{m}"] if cores > 1 else []
+    pipelines = [f"pp2-gpipe/m{m}", f"pp2-1f1b/m{m}", f"dp2xpp2-1f1b/m{m}"]
+    return ["single@1", f"single@1/m{m}", *everything, "dp2", *pipelines]
+
+
+# Whole runs
+
+
+def test_compare_and_render(tmp_path: Path) -> None:
+    """The defaults, made small; then the same files again from the records alone."""
+    done = run([*MPDQN, "compare", "--smoke", "--out", "results"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = run_folder(tmp_path / "results")
+    check_run(folder, default_rows(), rounds=2)
+    assert "transitions/s" in done.stderr, "a progress bar while collecting"
+    assert "trials: 100%" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
+    for words in (
+        "collected 256 transitions",
+        "Layer costs of nature",
+        "stage (p = 2)",
+        "Layouts compared",
+        "Written to",
+    ):
+        assert words in done.stdout
+    by_row = rows(folder)
+    cores = len(os.sched_getaffinity(0))
+    assert by_row["dp2xpp2-1f1b/m2"][0].settings["oversubscribed"] is (cores < 4)
+    assert by_row["single@1"][0].values["bytes_sent"] == [0]
+    for record in by_row["pp2-1f1b/m2"]:
+        assert record.settings["boundaries"] == by_row["pp2-gpipe/m2"][0].settings["boundaries"]
+        assert all(sent > 0 for sent in record.values["bytes_sent"])  # type: ignore[union-attr]
+    about = json.loads((folder / "environment.json").read_text())
+    assert about["environment"]["command"].endswith("compare --smoke --out results")
+
+    drawn = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for name in ("table.md", "table.tex", "throughput.svg", "throughput.png"):
+        (folder / name).unlink()
+    (folder / "profile.json").unlink()
+    done = run([*MPDQN, "compare", "--render-only", str(folder)], tmp_path)
+    assert done.returncode == 0, done.stderr
+    again = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert again == {name: data for name, data in drawn.items() if name != "profile.json"}
+    assert "Layouts compared" in done.stdout
+
+
+def torchrun(processes: int) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m", "mpdqn"]
+
+
+def test_under_torchrun_with_four_processes(tmp_path: Path) -> None:
+    done = run(
+        [*torchrun(4), "compare", "--smoke", "--rounds", "1", "--transitions", "64", "--out", "results"], tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    check_run(run_folder(tmp_path / "results"), default_rows(), rounds=1)
+    assert done.stdout.count("Layouts compared") == 1, "rank 0 speaks for all"
+
+
+def test_under_torchrun_with_two_processes_and_a_network_in_a_file(tmp_path: Path) -> None:
+    """No hybrid: it needs four. The network's ReLUs write in place, wherever it is cut."""
+    (tmp_path / "my_file.py").write_text(NETWORK)
+    flags = ["--smoke", "--rounds", "1", "--transitions", "64", "--out", "results"]
+    done = run([*torchrun(2), "compare", "--network", "my_file.py:make_network", *flags], tmp_path)
+    assert done.returncode == 0, done.stderr
+    folder = run_folder(tmp_path / "results")
+    check_run(folder, default_rows()[:-1], rounds=1)
+    assert rows(folder)["dp2"][0].settings["network"] == "my_file.py:make_network"
+
+
+SCRIPT = """\
+import mpdqn
+from torch import nn
+
+class Frames(nn.Module):
+    def forward(self, x):
+        return x.float() / 255
+
+def make_network(shape, actions):
+    return nn.Sequential(Frames(), nn.Conv2d(shape[0], 8, 8, 4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(actions))
+
+layouts = ["single@1", "pp2-1f1b+stacked/m2", "2*single@1", "pp2-1f1b"]
+comparison = mpdqn.compare(network=make_network, layouts=layouts, smoke=True, transitions=64)
+print(comparison.table.markdown())
+print([record.row for record in comparison.records], comparison.verdict, comparison.folder)
+"""
+
+
+def test_a_script_in_a_folder_of_its_own(tmp_path: Path) -> None:
+    """Under 20 lines and without a guard for __main__, though the workers are processes of their own."""
+    assert len(SCRIPT.splitlines()) < 20
+    (tmp_path / "script.py").write_text(SCRIPT)
+    done = run([sys.executable, "-W", "error", "script.py"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    names = ["single@1", "pp2-1f1b+stacked/m2", "2*single@1", "pp2-1f1b/m2"]
+    folder = run_folder(tmp_path / "results" / "compare")
+    check_run(folder, names, rounds=2)
+    assert str(folder.relative_to(tmp_path)) in done.stdout
+    by_row = rows(folder)
+    for name in names[:3]:
+        assert {sent for record in by_row[name] for sent in record.values["bytes_sent"]} == {0}  # type: ignore[union-attr]
+    assert by_row["2*single@1"][0].settings["ranks"] == 2
+    assert by_row["pp2-1f1b+stacked/m2"][0].settings["ranks"] == 1
+    assert by_row["single@1"][0].settings["network"] == "make_network"
+
+
+# A run that ends early
+
+
+@pytest.fixture
+def long_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A comparison in its rounds, which would go on for minutes."""
+    flags = ["--smoke", "--rounds", "10000", "--transitions", "64", "--layouts", "single@1", "dp2", "--out", "results"]
+    process = start([*MPDQN, "compare", *flags], tmp_path)
+    try:
+        wait_for(
+            lambda: list(tmp_path.glob(f"results/*/{RECORDS}")) or process.poll() is not None, RUN_S, "first record"
+        )
+        yield process
+    finally:
+        end(process)
+
+
+def test_a_killed_worker_ends_the_run(long_run: subprocess.Popen[str], tmp_path: Path) -> None:
+    workers = [pid for pid, line in processes_of(tmp_path).items() if "-m mpdqn.launch" in line]
+    assert len(workers) == 2, long_run.communicate() if long_run.poll() is not None else workers
+    environ = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in workers}
+    (victim,) = (pid for pid in workers if b"RANK=1" in environ[pid])
+    os.kill(victim, signal.SIGKILL)
+    begin = time.monotonic()
+    _, err = long_run.communicate(timeout=2 * END_S)
+    assert time.monotonic() - begin < END_S
+    assert long_run.returncode == 2, err
+    assert err.rstrip().splitlines()[-1] == "mpdqn compare: rank 1 of 2 failed: killed by SIGKILL"
+    assert_nothing_left(tmp_path)
+
+
+def test_ctrl_c_ends_the_run(long_run: subprocess.Popen[str], tmp_path: Path) -> None:
+    os.killpg(long_run.pid, signal.SIGINT)  # as a terminal sends it: to all
+    begin = time.monotonic()
+    _, err = long_run.communicate(timeout=2 * END_S)
+    assert time.monotonic() - begin < END_S
+    assert long_run.returncode == 130, err
+    assert err.rstrip().splitlines()[-1] == "mpdqn compare: interrupted"
+    assert "Traceback" not in err
+    assert_nothing_left(tmp_path)
+
+
+# Bad input
+
+
+@pytest.fixture
+def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("a worker was started")
+
+    monkeypatch.setattr(module, "launch", never)
+
+
+@pytest.mark.usefixtures("no_worker")
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--network", "resnet19"], "did you mean 'resnet18'?"),
+        (["--env", "breakot"], "try 'breakout'"),
+        (["--layouts", "pp99"], "wants p = 99 stages but nature has 11 layers"),
+        (["--batch-size", "510", "--layouts", "dp2/m16"], "510 is not a multiple of d·m = 2·16; try 512"),
+        (["--layouts", "dp3", "--batch-size", "24"], "4 virtual shards cannot be dealt to d = 3 replicas"),
+        (["--network", "no_such_file.py:make_network"], "there is no file no_such_file.py"),
+        (["--out", "/proc/self/results"], "--out /proc/self/results cannot be written"),
+        (["--render-only", "no_such_folder"], "no_such_folder has no records"),
+    ],
+)
+def test_bad_input_is_one_line(capfd: pytest.CaptureFixture[str], tmp_path: Path, flags: list[str], words: str) -> None:
+    assert main(["compare", "--smoke", "--out", str(tmp_path), *flags]) == 2
+    out, err = capfd.readouterr()
+    (line,) = err.splitlines()
+    assert line.startswith("mpdqn compare: ")
+    assert words in line
+    assert out == ""
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--network", "resnet19"], "mpdqn compare: no network is called 'resnet19', did you mean 'resnet18'?"),
+        (["--network", "broken.py:make_network"], "mpdqn compare: broken.py does not import: ModuleNotFoundError"),
+    ],
+)
+def test_bad_input_of_a_real_command(tmp_path: Path, flags: list[str], words: str) -> None:
+    (tmp_path / "broken.py").write_text("import no_such_module")
+    done = run([*MPDQN, "compare", *flags], tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(words)
+    assert list(tmp_path.iterdir()) == [tmp_path / "broken.py"]
+
+
+def test_another_number_of_processes_than_ranks(tmp_path: Path) -> None:
+    """Every rank says the same before it meets the others, so that none waits for one that left."""
+    done = run([*torchrun(2), "compare", "--layouts", "dp2xpp2"], tmp_path)
+    assert done.returncode != 0
+    line = (
+        "mpdqn compare: the layouts need d·p = 4 ranks but 2 processes were started; "
+        "use --nproc-per-node 4 or other --layouts\n"
+    )
+    assert line in done.stderr
+    assert done.stdout == ""
+
+
+@pytest.mark.parametrize("arguments", [["compare", "--no-such-flag", "1"], ["compare", "--device", "tpu"]])
+def test_an_unknown_flag_or_choice(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.setattr(module, "check", None)
+    with pytest.raises(SystemExit) as caught:
+        main(arguments)
+    assert caught.value.code == 2
+    out, err = capfd.readouterr()
+    assert arguments[1].strip("-") in err
+    assert out == ""
+
+
+def test_an_unknown_command_and_none(capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["comapre"]) == 2
+    out, err = capfd.readouterr()
+    assert (out, err.splitlines()[0]) == ("", "mpdqn: unknown command 'comapre'")
+    assert main([]) == 0
+    assert main(["--help"]) == 0
+    out, err = capfd.readouterr()
+    assert out.startswith("usage: mpdqn compare [flags]")
+    assert err == ""
+
+
+FLAGS = """
+    --env --network --width --head --agent --batch-size --num-microbatches --layouts --steps --rounds --transitions
+    --num-shards --envs-per-shard --epsilon --device --seed --out --timeout --port --smoke --render-only
+"""
+
+
+def test_the_flags_are_frozen(capfd: pytest.CaptureFixture[str]) -> None:
+    """A flag that goes or changes its name breaks somebody's script: change this list knowingly."""
+    with pytest.raises(SystemExit) as caught:
+        main(["compare", "--help"])
+    assert caught.value.code == 0
+    text = capfd.readouterr().out
+    offered = {word.strip("│, ") for word in text.split() if word.strip("│, ").startswith("--")}
+    assert offered - {"--help"} == set(FLAGS.split())

@@ -1,0 +1,83 @@
+"""What needs a GPU: stacked stages and messages on CUDA tensors, and the main job with ``--device cuda``."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from mpdqn.launch import launch
+from mpdqn.mesh import World
+from mpdqn.records import RECORDS, read_records
+from tests.transparency import Case, errors, run_case, run_reference, violations
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here"),
+]
+
+CASES = (
+    Case(m=4),
+    Case(pipeline=2, schedule="gpipe", m=4, placement="stacked"),
+    Case(pipeline=3, schedule="1f1b", m=4, placement="stacked"),
+    Case(pipeline=2, schedule="1f1b", m=4, placement="stacked", memory_format="channels_last"),
+    Case(family="impala", pipeline=2, schedule="1f1b", m=8, placement="stacked", head="dueling"),
+    Case(family="resnet18", pipeline=2, schedule="1f1b", m=2, placement="stacked"),
+    Case(data=2, m=2),
+    Case(data=2, pipeline=2, schedule="1f1b", m=2, placement="stacked"),
+)
+
+
+def on_the_gpu(cases: list[Case]) -> dict[Case, dict[str, float]]:
+    """On rank 0: the errors of each case against the single process on the same device."""
+    found = {}
+    with World.open("cuda", 60) as world:
+        for case in cases:
+            reference = run_reference(world, case)
+            found[case] = errors(world, case, run_case(world, case), reference)
+    return found
+
+
+@pytest.fixture(scope="module")
+def gpu() -> dict[Case, dict[str, float]]:
+    found = {}
+    for ranks in (1, 2):
+        cases = [case for case in CASES if case.data == ranks]
+        found |= launch(on_the_gpu, cases, num_workers=ranks)[0]
+    return found
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_layout_computes_what_the_single_process_computes(case: Case, gpu: dict[Case, dict[str, float]]) -> None:
+    assert dataclasses.asdict(case)["dtype"] == "float64"
+    assert violations(case, gpu[case]) == []
+
+
+@pytest.mark.timeout(600)
+def test_the_main_job_on_the_gpu(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mpdqn", "compare", "--smoke", "--device", "cuda", "--out", str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.iterdir()
+    records = list(read_records(folder / RECORDS))
+    devices = torch.cuda.device_count()
+    assert {record.settings["device"] for record in records} == {"cuda"}
+    assert {record.settings["backend"] for record in records} == {"gloo" if devices == 1 else "nccl"}
+    assert {record.row for record in records if record.settings["stacked"]} == {
+        *({"pp2-gpipe+stacked/m2", "pp2-1f1b+stacked/m2"} if devices == 1 else ()),
+        *({"dp2xpp2-1f1b+stacked/m2"} if devices < 4 else ()),
+    }
+    assert all(record.values["gradient_error"] < 5e-5 for record in records)  # type: ignore[operator]
+    assert torch.cuda.get_device_name() in (folder / "table.md").read_text()
