@@ -39,7 +39,7 @@ from mpdqn.plan import Partition, Profile
 from mpdqn.records import RECORDS, Record, Value, append_records, read_records
 from mpdqn.replay import VirtualShards
 
-PROFILE_REPEATS = 5
+PROFILE_REPEATS = 9
 
 
 def run_trials(job: Job) -> tuple[Path, tuple[Record, ...]]:
