@@ -288,6 +288,28 @@ def test_a_killed_worker_ends_the_run(long_run: subprocess.Popen[str], tmp_path:
     assert_nothing_left(tmp_path)
 
 
+def test_a_killed_worker_ends_the_run_under_torchrun(tmp_path: Path) -> None:
+    flags = ["--smoke", "--rounds", "10000", "--transitions", "64", "--layouts", "single@1", "dp2", "--out", "results"]
+    process = start([*torchrun(2), "compare", *flags], tmp_path)
+    try:
+        wait_for(lambda: list(tmp_path.glob(f"results/*/{RECORDS}")) or process.poll() is not None, RUN_S, "records")
+        ranks = {
+            pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            for pid, line in processes_of(tmp_path).items()
+            if "-m mpdqn" in line and "torch.distributed.run" not in line
+        }
+        (victim,) = (pid for pid, environ in ranks.items() if b"RANK=1" in environ)
+        os.kill(victim, signal.SIGKILL)
+        begin = time.monotonic()
+        _, err = process.communicate(timeout=2 * END_S)
+        assert time.monotonic() - begin < END_S
+        assert process.returncode not in (0, None)
+        assert "SIGKILL" in err or "Signal 9" in err, err
+        assert_nothing_left(tmp_path, torchrun=True)
+    finally:
+        end(process)
+
+
 def test_ctrl_c_ends_the_run(long_run: subprocess.Popen[str], tmp_path: Path) -> None:
     os.killpg(long_run.pid, signal.SIGINT)  # as a terminal sends it: to all
     begin = time.monotonic()

@@ -326,6 +326,19 @@ def test_a_bad_config(setting: dict[str, Any], message: str) -> None:
 # Two ranks
 
 
+class ToDouble(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.double()
+
+
+def mixed_network() -> nn.Sequential:
+    """float32 up to the cut, float64 behind it: the ranks of a pipeline then hold parameters of different dtypes."""
+    chain = network()
+    return nn.Sequential(
+        OrderedDict([*chain[:6].float().named_children(), ("cast", ToDouble()), *chain[6:].named_children()])
+    )
+
+
 def two_ranks() -> dict[str, Any]:
     torch.set_num_threads(1)
     with World.open() as world:
@@ -343,6 +356,8 @@ def two_ranks() -> dict[str, Any]:
         seen["td"] = [s.td_errors for s in steps]
         seen["sent"] = [s.bytes_sent for s in steps]
         seen["weights"] = gather_by_name(halves, dict(halves.named_parameters()))
+        mixed = build(world, (0, 6, 12), 4, stacked=False, chain=mixed_network(), **RULE)
+        seen["mixed_td"] = [mixed.learn(batch(update) if rank == 0 else None).td_errors for update in range(3)]
         replicas = build(world, WHOLE, 2, data=2, stacked=False, **RULE)
         part = slice(8 * rank, 8 * rank + 8)
         steps = [replicas.learn(batch(update).rows(part.start, part.stop)) for update in range(6)]
@@ -378,6 +393,16 @@ def test_two_ranks_learn_what_a_plain_loop_learns(two: list[dict[str, Any]]) -> 
     for u, error in enumerate(errors):
         assert distance({"": first["td"][u]}, {"": error}) < 1e-10
         assert distance({"": halves[u]}, {"": error}) < 1e-10
+
+
+def test_stages_of_different_dtypes(two: list[dict[str, Any]], alone: World) -> None:
+    """Labels once travelled in the dtype of the sender's own layers and were received in that of the receiver's."""
+    single = build(alone, (0, 12), chain=mixed_network(), **RULE)
+    for update, td_errors in enumerate(two[0]["mixed_td"]):
+        expected = single.learn(batch(update)).td_errors
+        assert expected is not None
+        assert expected.dtype is td_errors.dtype is torch.float64
+        assert distance({"": td_errors}, {"": expected}) < 1e-5
 
 
 def test_only_the_first_rank_of_a_replica_passes_a_batch(two: list[dict[str, Any]]) -> None:

@@ -3,6 +3,7 @@
 import itertools
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -26,10 +27,14 @@ def exact(costs: Sequence[float]) -> list[int]:
     return [int(Fraction(cost) * 2**1074) for cost in costs]
 
 
-def brute_force(costs: Sequence[float], num_stages: int, cut_costs: Sequence[float]) -> tuple[int, ...]:
+def brute_force(
+    costs: Sequence[float], num_stages: int, cut_costs: Sequence[float], required: Sequence[bool]
+) -> tuple[int, ...]:
     prefix, traffic, n = [0, *itertools.accumulate(exact(costs))], exact(cut_costs), len(costs)
     keys = []
     for cuts in itertools.combinations(range(1, n), num_stages - 1):
+        if not all(any(required[a:b]) for a, b in itertools.pairwise((0, *cuts, n))):
+            continue
         bottleneck = max(prefix[b] - prefix[a] for a, b in itertools.pairwise((0, *cuts, n)))
         keys.append((bottleneck, sum(traffic[cut - 1] for cut in cuts), (0, *cuts, n)))
     return min(keys)[-1]
@@ -44,8 +49,23 @@ def test_equals_brute_force(part: int) -> None:
         costs = [draw(rng) for _ in range(n)]
         cut_costs = [rng.randrange(5) for _ in range(n)] if chain % 2 else None
         for num_stages in range(1, n + 1):
-            expected = brute_force(costs, num_stages, cut_costs or [0] * n)
+            expected = brute_force(costs, num_stages, cut_costs or [0] * n, [True] * n)
             assert balance_costs(costs, num_stages, cut_costs=cut_costs) == expected, (costs, cut_costs)
+        required = [rng.random() < 0.6 for _ in range(n)]
+        for num_stages in range(1, sum(required) + 1):
+            expected = brute_force(costs, num_stages, cut_costs or [0] * n, required)
+            found = balance_costs(costs, num_stages, cut_costs=cut_costs, required=required)
+            assert found == expected, (costs, cut_costs, required)
+
+
+def test_every_stage_gets_a_layer_with_parameters() -> None:
+    """Without that, the least traffic made stages of a ReLU or a Flatten alone, which have nothing to train."""
+    chain = profile_of((5, 0, 0, 9), (9, 0, 0, 1), (5, 0, 0, 9))
+    layers = [replace(layer, parameter_bytes=size) for layer, size in zip(chain.layers, (8, 0, 8), strict=True)]
+    assert balance(replace(chain, layers=tuple(layers)), 2).boundaries == (0, 2, 3)
+    message = "3 stages need 3 layers with parameters but the chain has 2; ask for at most 2 stages"
+    with pytest.raises(ValueError, match=message):
+        balance(replace(chain, layers=tuple(layers)), 3)
 
 
 def test_the_drawing_in_the_module() -> None:
