@@ -163,11 +163,11 @@ def lost(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, float
 
 def test_a_silent_peer_is_given_up_after_the_timeout_and_both_ranks_are_named(lost: dict[str, tuple[str, float]]):
     message, seconds = lost["silent receive"]
-    assert message.startswith("rank 0 (stages (0,)) got no F from rank 1 within 3 s: ")
+    assert message.startswith("rank 0 (stages (0,)) got no F from rank 1 within 3 s (--timeout): ")
     assert "Timed out" in message
     assert 2.9 < seconds < 60
     message, seconds = lost["silent sum"]
-    assert message.startswith("rank 0 lost a rank of [0, 1] in the gradient sum of stage 0 within 3 s: ")
+    assert message.startswith("rank 0 lost a rank of [0, 1] in the gradient sum of stage 0 within 3 s (--timeout): ")
     assert 2.9 < seconds < 60
 
 
