@@ -1,12 +1,14 @@
 # make compare   sets up and runs the main job        make test       sets up and passes the tests
 # make test-all  the tests with the whole transparency matrix (hours on 2 cores)
+# make test-oldest  the transparency suite on the oldest torch of the stated range, in .venv-oldest
 # Flags for the main job: make compare ARGS="--network impala --width 2"
 
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.tested-set
+OLDEST := 2.11.0
 
-.PHONY: compare test test-all checks
+.PHONY: compare test test-all test-oldest checks
 
 compare: $(READY)
 	$(BIN)/mpdqn compare $(ARGS)
@@ -16,6 +18,9 @@ test: checks
 
 test-all: checks
 	$(BIN)/pytest -q
+
+test-oldest: .venv-oldest/.tested-set
+	.venv-oldest/bin/pytest -q -m "not matrix" tests/test_transparency.py tests/test_teeth.py tests/pipeline tests/schedule
 
 checks: $(READY)
 	$(BIN)/ruff format --check .
@@ -29,4 +34,13 @@ $(READY): pyproject.toml constraints.txt
 	@echo "Setting up .venv with the tested set of packages (about 6 GB, 2 minutes) …"
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+# torch brings its own CUDA libraries and triton; the rest is the tested set.
+.venv-oldest/.tested-set: pyproject.toml constraints.txt
+	@echo "Setting up .venv-oldest with torch $(OLDEST) (about 6 GB, 2 minutes) …"
+	$(PYTHON) -m venv .venv-oldest
+	grep -vE '^(torch|triton|cuda-.*|nvidia-.*)==' constraints.txt > .venv-oldest/constraints.txt
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check \
+	  -c .venv-oldest/constraints.txt "torch==$(OLDEST)" -e ".[dev]"
 	@touch $@

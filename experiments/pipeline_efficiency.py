@@ -1,6 +1,6 @@
 """A pipeline of two stages beside two independent processes that run the same micro-batches and never talk.
 
-    python -m experiments.pipeline_efficiency [--smoke]          about 4 minutes on 2 cores
+    python -m experiments.pipeline_efficiency [--smoke]          about 6 minutes on 2 cores
 
 The ratio is what cutting, bubble and messages leave of the two cores.
 """
@@ -18,8 +18,9 @@ from mpdqn.bench.config import CompareConfig
 YARDSTICK = "2*single@1/m8"
 
 CONFIG = CompareConfig(
-    layouts=(YARDSTICK, "single@1/m8", "pp2-gpipe@1/m8", "pp2-1f1b@1/m8"),
+    layouts=(YARDSTICK, "single@1/m8", "pp2-gpipe@1/m8", "pp2-1f1b@1/m8", "pp2-td1f1b@1/m8", "pp2-tdzb@1/m8"),
     rounds=7,
+    steps=3,
     transitions=512,
     out=Path("results/pipeline_efficiency"),
 )

@@ -133,7 +133,7 @@ def run_worker(job: Path, parent: int) -> int:
         at, consequence = time.time(), tells_of_lost_peer(error)
         failure = _Failure(
             kind=type(error).__name__,
-            message=str(error),
+            message=str(error) + "".join(f" ({note})" for note in getattr(error, "__notes__", ())),
             trace="".join(traceback.format_exception(error)),
             consequence=consequence,
             at=at,

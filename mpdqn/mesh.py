@@ -216,6 +216,7 @@ class Mesh:
         self.stages = plan.stages_of(self.rank)
         self.member = bool(self.stages)
         self.replica = plan.replica_of(self.rank) if self.member else -1
+        self._me = f"rank {self.rank} (stages {self.stages})"
         self.bytes_sent = 0
         self.num_stages = plan.partition.num_stages
         columns = [world.group(sorted(set(ranks))) for ranks in plan.placement]
@@ -261,16 +262,19 @@ class Mesh:
 
     def send(self, tensor: Tensor, to: int, kind: str) -> Message:
         """Start sending ``tensor`` (dense) to rank ``to``; keep the message until it was waited for."""
-        self.bytes_sent += tensor.numel() * tensor.element_size()
-        what = f"rank {self.rank} (stages {self.stages}) could not send {kind} to rank {to}"
+        self.bytes_sent += tensor.nbytes
         group = self._kinds[kind]
-        return self._start(lambda: dist.isend(tensor, to, group=group), tensor, group, what)
+        # A rank of the world has the same number in a message group. dist.isend looks that up for every message.
+        return self._start(
+            lambda: group.send([tensor], to, 0), tensor, group, f"{self._me} could not send {kind} to rank {to}"
+        )
 
     def receive(self, buffer: Tensor, source: int, kind: str) -> Message:
         """Start receiving into ``buffer`` (dense) from rank ``source``."""
-        what = f"rank {self.rank} (stages {self.stages}) got no {kind} from rank {source}"
         group = self._kinds[kind]
-        return self._start(lambda: dist.irecv(buffer, source, group=group), buffer, group, what)
+        return self._start(
+            lambda: group.recv([buffer], source, 0), buffer, group, f"{self._me} got no {kind} from rank {source}"
+        )
 
     def sum_over(self, group: dist.ProcessGroup, tensor: Tensor, what: str) -> Message:
         """Start the all-reduce (sum) of ``tensor`` over ``group``, in place."""
@@ -305,6 +309,10 @@ class Message:
     ) -> None:
         self._work, self.tensor, self._group = work, tensor, group
         self._complaint, self._timeout = complaint, timeout
+
+    def done(self) -> bool:
+        """Whether `wait` would return at once. On a GPU it always would, but would hold the stream up: False."""
+        return self._work is None or (not self.tensor.is_cuda and self._work.is_completed())
 
     def wait(self) -> None:
         """Wait for the end of the message (on a GPU: make the current stream wait).

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -104,22 +106,46 @@ class Partition:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Link:
+    """What carries a message from one rank to another: ``latency_s`` seconds plus its bytes at ``bytes_per_s``.
+
+    ``posted_ahead``: whether the receiver asks for a message before it needs it, so that the transfer overlaps with its
+    work, as the runtime does over gloo; over NCCL it asks when the action comes. Sends are never waited for.
+    """
+
+    latency_s: float = 0.0
+    bytes_per_s: float = math.inf
+    posted_ahead: bool = True
+
+
+RECOMPUTATION = ("none", "boundaries", "all")
+"""How much of a stage's forward is computed again in its backward, to save memory: nothing; what lies inside its layers
+(their outputs are kept); everything (only the stage's input is kept)."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Parallelism:
-    """d data-parallel replicas × p pipeline stages, m micro-batches a step, in the order of a named schedule.
+    """d data-parallel replicas × p pipeline ranks of v stages each, m micro-batches a step, in a schedule's order.
 
     Raises:
-        ValueError: if one of the three counts is below 1.
+        ValueError: if one of the four counts is below 1.
     """
 
     data: int = 1
     pipeline: int = 1
     num_microbatches: int = 1
     schedule: str = "gpipe"
+    virtual: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("data", "pipeline", "num_microbatches"):
+        for name in ("data", "pipeline", "num_microbatches", "virtual"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)} but must be at least 1")
+
+    @property
+    def num_stages(self) -> int:
+        """p·v, the number of stages."""
+        return self.pipeline * self.virtual
 
     def check_batch(self, batch_size: int) -> None:
         """Raise ValueError unless the batch of ``batch_size`` transitions cuts into d·m equal micro-batches."""
@@ -148,21 +174,28 @@ class Plan:
 
     ``placement[j]`` lists the ranks that hold stage j, one per replica; a rank may hold several stages of a replica
     (that is how several stages run in one process). d × p on d·p ranks is the rectangular case, `rectangular`.
+    ``recompute[j]`` is one of `RECOMPUTATION`, for each stage.
 
     Raises:
-        ValueError: if the placement does not match the partition and the parallelism.
+        ValueError: if placement or recomputation do not match the partition and the parallelism.
     """
 
     partition: Partition
     parallelism: Parallelism
     placement: tuple[tuple[int, ...], ...]
+    recompute: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        stages, p, d = self.partition.num_stages, self.parallelism.pipeline, self.parallelism.data
+        stages, p, d = self.partition.num_stages, self.parallelism.num_stages, self.parallelism.data
         if not stages == p == len(self.placement):
             raise ValueError(
-                f"the partition has {stages} stages, the parallelism p = {p} and the placement "
+                f"the partition has {stages} stages, the parallelism p·v = {p} and the placement "
                 f"{len(self.placement)} rows; the three must agree"
+            )
+        object.__setattr__(self, "recompute", tuple(self.recompute) or (RECOMPUTATION[0],) * stages)
+        if len(self.recompute) != stages or not set(self.recompute) <= set(RECOMPUTATION):
+            raise ValueError(
+                f"recompute {self.recompute} must name one of {', '.join(RECOMPUTATION)} for each of {stages} stages"
             )
         for stage, ranks in enumerate(self.placement):
             if len(ranks) != d:
@@ -174,20 +207,28 @@ class Plan:
             raise ValueError(f"placement {self.placement} gives one rank to two replicas; a rank serves one replica")
 
     @classmethod
-    def rectangular(cls, partition: Partition, parallelism: Parallelism) -> Self:
-        """d × p on d·p ranks: replica r owns the p consecutive ranks from r·p on."""
+    def rectangular(
+        cls,
+        partition: Partition,
+        parallelism: Parallelism,
+        *,
+        lanes: Sequence[int] = (),
+        recompute: tuple[str, ...] = (),
+    ) -> Self:
+        """d × p on d·p ranks: replica r owns the p consecutive ranks from r·p on.
+
+        ``lanes[j]`` is the rank of stage j within its replica, 0 … p − 1; stages are dealt in turn if it is not given.
+        """
         d, p = parallelism.data, parallelism.pipeline
-        return cls(
-            partition=partition,
-            parallelism=parallelism,
-            placement=tuple(tuple(r * p + j for r in range(d)) for j in range(p)),
-        )
+        lanes = lanes or [stage % p for stage in range(parallelism.num_stages)]
+        placement = tuple(tuple(r * p + lane for r in range(d)) for lane in lanes)
+        return cls(partition=partition, parallelism=parallelism, placement=placement, recompute=recompute)
 
     @classmethod
-    def stacked(cls, partition: Partition, parallelism: Parallelism) -> Self:
-        """d × p on d ranks: replica r runs all its p stages in the process of rank r, as on one GPU."""
-        d, p = parallelism.data, parallelism.pipeline
-        return cls(partition=partition, parallelism=parallelism, placement=(tuple(range(d)),) * p)
+    def stacked(cls, partition: Partition, parallelism: Parallelism, *, recompute: tuple[str, ...] = ()) -> Self:
+        """d × p on d ranks: replica r runs all its stages in the process of rank r, as on one GPU."""
+        placement = (tuple(range(parallelism.data)),) * parallelism.num_stages
+        return cls(partition=partition, parallelism=parallelism, placement=placement, recompute=recompute)
 
     def replica(self, index: int) -> tuple[int, ...]:
         """The rank of each stage of replica ``index``, in stage order."""
@@ -221,4 +262,5 @@ class Plan:
             partition=Partition(boundaries=tuple(data["partition"]["boundaries"])),
             parallelism=Parallelism(**data["parallelism"]),
             placement=tuple(tuple(ranks) for ranks in data["placement"]),
+            recompute=tuple(data.get("recompute", ())),
         )

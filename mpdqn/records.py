@@ -21,6 +21,9 @@ PACKAGES = ("mpdqn", "torch", "torchrl", "tensordict", "ale-py", "gymnasium", "n
 RECORDS = "records.jsonl"
 """The file of a run's folder that holds its records."""
 
+TRACES = "traces"
+"""The folder in a run's folder that holds its traces."""
+
 Value = float | int | str | bool | None | Sequence[float]
 
 

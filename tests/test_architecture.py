@@ -16,6 +16,11 @@ PURE = [
     "mpdqn.records",
     "mpdqn.randomness",
     "mpdqn.schedule",
+    "mpdqn.planner",
+    "mpdqn.planner.costs",
+    "mpdqn.planner.order",
+    "mpdqn.planner.recompute",
+    "mpdqn.planner.simulate",
     "mpdqn.partition",
     "mpdqn.partition.balance",
 ]

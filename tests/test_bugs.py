@@ -28,20 +28,11 @@ from mpdqn.networks import check_exactness, count_macs, make_network, set_memory
 from mpdqn.partition import balance_costs
 from mpdqn.partition.split import split
 from mpdqn.plan import Parallelism, Partition, Plan
-from mpdqn.schedule.tables import action_table, rank_order
+from mpdqn.schedule import action_table
 
 SOURCES = sorted((Path(__file__).parents[1] / "mpdqn").rglob("*.py"))
 FRAMES, ACTIONS, BATCH = (4, 44, 44), 5, 16
 HALVES = (0, 6, 11)
-
-
-@pytest.fixture(scope="module")
-def alone() -> Iterator[World]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine a second one is waited for more than it helps
-    with World.open() as world:
-        yield world
-    torch.set_num_threads(threads)
 
 
 def learner(world: World, chain: nn.Sequential | None = None, m: int = 4, **config: Any) -> Learner:
@@ -247,8 +238,8 @@ def test_a_rank_may_hold_any_stages() -> None:
         ("gpipe", "1f1b"), (1, 2, 5), ((0, 1, 0, 1), (0, 1, 1, 0), (0, 0, 1, 1))
     ):
         table = action_table(schedule, 4, m, "TD")
-        orders = [rank_order(table, owners, rank, "TD") for rank in (0, 1)]
-        assert sorted(orders[0] + orders[1]) == sorted(itertools.chain(*table))
+        orders = [table.rank_order(owners, rank) for rank in (0, 1)]
+        assert sorted(orders[0] + orders[1]) == sorted(table.actions)
 
 
 def test_a_frozen_stage_is_refused_before_its_backward(alone: World) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,8 +16,11 @@ from pathlib import Path
 import pytest
 
 from mpdqn.bench import compare as module
+from mpdqn.bench.trace import read_trace
 from mpdqn.cli import main
-from mpdqn.records import RECORDS, Record, read_records
+from mpdqn.records import RECORDS, TRACES, Record, read_records
+from mpdqn.schedule import SCHEDULES
+from mpdqn.timeline import Timeline
 
 ROOT = Path(__file__).parents[1]
 MPDQN = [sys.executable, "-W", "error", "-m", "mpdqn"]
@@ -120,9 +124,9 @@ def rows(folder: Path) -> dict[str, list[Record]]:
     return by_row
 
 
-def check_run(folder: Path, expected: list[str], rounds: int) -> None:
+def check_run(folder: Path, expected: list[str], rounds: int, traced: bool = False) -> None:
     """All files, all rows, in interleaved rounds, each exact."""
-    assert {path.name for path in folder.iterdir()} == FILES
+    assert {path.name for path in folder.iterdir()} == FILES | ({TRACES} if traced else set())
     records = list(read_records(folder / RECORDS))
     assert [(r.round, r.row) for r in records] == [(i, name) for i in range(rounds) for name in expected]
     for record in records:
@@ -151,15 +155,15 @@ def check_run(folder: Path, expected: list[str], rounds: int) -> None:
 def default_rows(m: int = 2) -> list[str]:
     cores = len(os.sched_getaffinity(0))
     everything = [f"single@{cores}", f"single@{cores}/m{m}"] if cores > 1 else []
-    pipelines = [f"pp2-gpipe/m{m}", f"pp2-1f1b/m{m}", f"dp2xpp2-1f1b/m{m}"]
-    return ["single@1", f"single@1/m{m}", *everything, "dp2", *pipelines]
+    pipelines = [f"pp2-{schedule}/m{m}" for schedule in ("gpipe", "1f1b", "td1f1b")]
+    return ["single@1", f"single@1/m{m}", *everything, "dp2", *pipelines, f"dp2xpp2-1f1b/m{m}"]
 
 
 # Whole runs
 
 
-def test_compare_and_render(tmp_path: Path) -> None:
-    """The defaults, made small; then the same files again from the records alone."""
+def test_compare(tmp_path: Path) -> None:
+    """The defaults, made small."""
     done = run([*MPDQN, "compare", "--smoke", "--out", "results"], tmp_path)
     assert done.returncode == 0, done.stderr
     folder = run_folder(tmp_path / "results")
@@ -171,7 +175,7 @@ def test_compare_and_render(tmp_path: Path) -> None:
     for words in (
         "collected 256 transitions",
         "Layer costs of nature",
-        "stage (p = 2)",
+        "stage (of 2)",
         "Layouts compared",
         "Written to",
     ):
@@ -186,15 +190,51 @@ def test_compare_and_render(tmp_path: Path) -> None:
     about = json.loads((folder / "environment.json").read_text())
     assert about["environment"]["command"].endswith("compare --smoke --out results")
 
-    drawn = {path.name: path.read_bytes() for path in folder.iterdir()}
-    for name in ("table.md", "table.tex", "throughput.svg", "throughput.png"):
-        (folder / name).unlink()
-    (folder / "profile.json").unlink()
-    done = run([*MPDQN, "compare", "--render-only", str(folder)], tmp_path)
+
+def actions(timeline: Timeline) -> set[tuple[int, int, str, int, int]]:
+    return {(s.step, s.rank, s.kind, s.stage, s.microbatch) for s in timeline.spans if len(s.kind) == 1}
+
+
+def test_every_schedule_traced_and_drawn_again(tmp_path: Path) -> None:
+    """One row of each, whose stages run again; then the same files from records and traces alone."""
+    names = ["single@1", *(f"pp2-{schedule}/m2" for schedule in SCHEDULES)]
+    flags = ["--rounds", "1", "--transitions", "64", "--recompute", "all", "--trace", "--out", "results"]
+    done = run([*MPDQN, "compare", "--smoke", *flags, "--layouts", *names], tmp_path)
     assert done.returncode == 0, done.stderr
-    again = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert again == {name: data for name, data in drawn.items() if name != "profile.json"}
-    assert "Layouts compared" in done.stdout
+    folder = run_folder(tmp_path / "results")
+    check_run(folder, names, rounds=1, traced=True)
+    traced = {re.sub(r"[@/]", "_", name): name for name in names}
+    wanted = {f"{stem}.{end}" for stem in traced for end in ("json", "svg", "png")}
+    assert {path.name for path in (folder / TRACES).iterdir()} == wanted
+    by_row = rows(folder)
+    for stem, name in traced.items():
+        (record,) = by_row[name]
+        about = record.settings
+        assert (about["lookahead"], about["recompute"]) == (1, "all")
+        assert about["virtual"] == SCHEDULES[str(about["schedule"])].virtual
+        trace = read_trace((folder / TRACES / f"{stem}.json").read_text())
+        assert list(trace) == ["measured", "simulated"]
+        done_actions = actions(trace["measured"])
+        assert done_actions == actions(trace["simulated"]), "what was done is what was simulated"
+        assert {kind for _, _, kind, _, _ in done_actions} >= set("FRTD")
+        assert {(step, rank) for step, rank, *_ in done_actions} == {
+            (step, rank) for step in (0, 1) for rank in range(int(str(about["ranks"])))
+        }
+        bubbles = [record.values[key] for key in ("bubble_measured", "bubble_simulated")]
+        assert all(0 <= b < 1 for b in bubbles) if name != "single@1" else bubbles == [0, 0]  # type: ignore[operator]
+
+    def files() -> dict[str, bytes]:
+        return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
+
+    drawn = files()
+    (folder / "profile.json").unlink()
+    for name in drawn:
+        if name.endswith((".md", ".tex", ".svg", ".png")):
+            (folder / name).unlink()
+    finished = run([*MPDQN, "compare", "--render-only", str(folder)], tmp_path)
+    assert finished.returncode == 0, finished.stderr
+    assert files() == {name: data for name, data in drawn.items() if name != "profile.json"}
+    assert "Layouts compared" in finished.stdout
 
 
 def torchrun(processes: int) -> list[str]:
@@ -338,7 +378,12 @@ def no_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["--network", "resnet19"], "did you mean 'resnet18'?"),
         (["--env", "breakot"], "try 'breakout'"),
-        (["--layouts", "pp99"], "wants p = 99 stages but nature has 11 layers"),
+        (["--layouts", "pp99"], "wants p·v = 99 stages but nature has 11 layers"),
+        (["--layouts", "pp2-looped_bfs+v9"], "wants p·v = 18 stages but nature has 11 layers"),
+        (["--layouts", "pp2-zbv+v3"], "zbv has exactly 2 stages on each rank, not 3"),
+        (["--layouts", "pp2-td1f1"], "unknown schedule 'td1f1'; did you mean 'td1f1b'?"),
+        (["--recompute", "auto", "--memory-limit", "0.001"], "take at least 32.2 MiB but its memory limit is 1.0 MiB"),
+        (["--memory-limit", "1"], "memory_limit 1.0 has no effect with recompute none; use --recompute auto"),
         (["--batch-size", "510", "--layouts", "dp2/m16"], "510 is not a multiple of d·m = 2·16; try 512"),
         (["--layouts", "dp3", "--batch-size", "24"], "4 virtual shards cannot be dealt to d = 3 replicas"),
         (["--network", "no_such_file.py:make_network"], "there is no file no_such_file.py"),
@@ -383,7 +428,31 @@ def test_another_number_of_processes_than_ranks(tmp_path: Path) -> None:
     assert done.stdout == ""
 
 
-@pytest.mark.parametrize("arguments", [["compare", "--no-such-flag", "1"], ["compare", "--device", "tpu"]])
+def test_a_memory_limit_that_only_the_measured_layers_show_to_be_too_low(tmp_path: Path) -> None:
+    """The parameters fit, their activations do not. All workers find that; one line says it, and nothing is left."""
+    flags = ["--smoke", "--transitions", "64", "--layouts", "dp2", "--recompute", "auto", "--memory-limit", "0.0315"]
+    done = run([*MPDQN, "compare", *flags, "--out", "results"], tmp_path)
+    assert done.returncode == 2, done.stderr
+    (line,) = (
+        line.strip() for line in re.split(r"[\r\n]", done.stderr) if "transitions/s]" not in line and line.strip()
+    )
+    assert re.fullmatch(
+        r"mpdqn compare: layout dp2 does not fit into 32\.3 MiB a rank, parameters included: the activations take at "
+        r"least \d+\.\d MiB on lane 0 but its limit is 0\.\d MiB; use .+",
+        line,
+    )
+    assert list((tmp_path / "results").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["compare", "--no-such-flag", "1"],
+        ["compare", "--device", "tpu"],
+        ["compare", "--lookahead", "2"],
+        ["compare", "--recompute", "some"],
+    ],
+)
 def test_an_unknown_flag_or_choice(
     capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, arguments: list[str]
 ) -> None:
@@ -408,8 +477,9 @@ def test_an_unknown_command_and_none(capfd: pytest.CaptureFixture[str]) -> None:
 
 
 FLAGS = """
-    --env --network --width --head --agent --batch-size --num-microbatches --layouts --steps --rounds --transitions
-    --num-shards --envs-per-shard --epsilon --device --seed --out --timeout --port --smoke --render-only
+    --env --network --width --head --agent --batch-size --num-microbatches --layouts --lookahead --recompute
+    --memory-limit --trace --steps --rounds --transitions --num-shards --envs-per-shard --epsilon --device --seed --out
+    --timeout --port --smoke --render-only
 """
 
 

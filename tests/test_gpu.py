@@ -14,7 +14,8 @@ import torch
 from mpdqn.launch import launch
 from mpdqn.mesh import World
 from mpdqn.records import RECORDS, read_records
-from tests.transparency import Case, errors, run_case, run_reference, violations
+from mpdqn.schedule import SCHEDULES
+from tests.transparency import Case, errors, run_case, run_reference, tiny_case, violations
 
 ROOT = Path(__file__).parents[1]
 
@@ -32,6 +33,10 @@ CASES = (
     Case(family="resnet18", pipeline=2, schedule="1f1b", m=2, placement="stacked"),
     Case(data=2, m=2),
     Case(data=2, pipeline=2, schedule="1f1b", m=2, placement="stacked"),
+    *(tiny_case(schedule, lookahead=1, placement="stacked") for schedule in SCHEDULES),
+    tiny_case("tdzb", pipeline=3, lookahead=1, recompute="mixed", placement="stacked"),
+    tiny_case("zbv", recompute="all", accumulation=2, placement="stacked"),
+    tiny_case("td1f1b", data=2, lookahead=1, accumulation=2, target_tau=0.5, placement="stacked"),
 )
 
 
@@ -49,7 +54,7 @@ def on_the_gpu(cases: list[Case]) -> dict[Case, dict[str, float]]:
 def gpu() -> dict[Case, dict[str, float]]:
     found = {}
     for ranks in (1, 2):
-        cases = [case for case in CASES if case.data == ranks]
+        cases = [case for case in CASES if case.ranks == ranks]
         found |= launch(on_the_gpu, cases, num_workers=ranks)[0]
     return found
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,14 +16,18 @@ from torch import Tensor, nn
 from mpdqn.bench.single import random_batch
 from mpdqn.dqn.agents import double_dqn, make_agent
 from mpdqn.dqn.batch import Batch
-from mpdqn.learner import Learner, LearnerConfig, gather_by_name
+from mpdqn.exchange.reduction import Reduction
+from mpdqn.exchange.synchronous import SynchronousExchange
+from mpdqn.learner import Learner, LearnerConfig, LearnStep, gather_by_name
 from mpdqn.mesh import Mesh, World
 from mpdqn.networks import make_network
+from mpdqn.pipeline.stopwatch import Stopwatch
 from mpdqn.plan import Parallelism, Partition, Plan
+from mpdqn.schedule import SCHEDULES, ActionTable, action_table
 from tests.distributed import run_ranks
 
 FRAMES, ACTIONS, BATCH = (4, 44, 44), 5, 16
-WHOLE, HALVES, THIRDS = (0, 11), (0, 6, 11), (0, 4, 8, 11)
+WHOLE, HALVES, THIRDS, QUARTERS = (0, 11), (0, 6, 11), (0, 4, 8, 11), (0, 3, 5, 8, 11)
 
 
 def network() -> nn.Sequential:
@@ -54,10 +59,14 @@ def build(
     stacked: bool = True,
     chain: nn.Sequential | None = None,
     size: int = BATCH,
+    table: ActionTable | None = None,
     **config: Any,
 ) -> Learner:
     partition = Partition(boundaries=boundaries)
-    parallelism = Parallelism(data=data, pipeline=partition.num_stages, num_microbatches=m, schedule=schedule)
+    virtual = SCHEDULES[schedule].virtual
+    parallelism = Parallelism(
+        data=data, pipeline=partition.num_stages // virtual, num_microbatches=m, schedule=schedule, virtual=virtual
+    )
     plan = (Plan.stacked if stacked else Plan.rectangular)(partition, parallelism)
     made = make_agent(agent)
     return Learner(
@@ -67,17 +76,15 @@ def build(
         batch_size=size,
         observation_shape=FRAMES,
         config=LearnerConfig(**config),
+        table=table,
     )
 
 
-@pytest.fixture(scope="module")
-def alone() -> Iterator[World]:
-    """A process without a launcher."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a busy machine a second one is waited for more than it helps
-    with World.open() as world:
-        yield world
-    torch.set_num_threads(threads)
+def learn(learner: Learner, updates: int, first: int = 0) -> list[LearnStep]:
+    """``updates`` updates of one process, each batch announced before it is learned from where that is the rule."""
+    batches = [batch(update) for update in range(first, first + updates + 1)]
+    pairs = itertools.pairwise(batches)
+    return [learner.learn(now, upcoming if learner.config.lookahead else None) for now, upcoming in pairs]
 
 
 def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -91,7 +98,14 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 
 def plain_double_dqn(
-    updates: int, *, target_period: int, learning_rate: float, adam_eps: float, max_grad_norm: float, double: bool
+    updates: int,
+    *,
+    target_period: int,
+    learning_rate: float,
+    adam_eps: float,
+    max_grad_norm: float,
+    double: bool,
+    tau: float = 1.0,
 ) -> tuple[dict[str, Tensor], list[float], list[float], list[Tensor]]:
     """Double DQN as its paper and torch's tutorials write it; nothing of mpdqn but the network's layers."""
     online = network()
@@ -112,7 +126,9 @@ def plain_double_dqn(
         norms.append(float(nn.utils.clip_grad_norm_(online.parameters(), max_grad_norm)))
         optimizer.step()
         if update % target_period == 0:
-            target.load_state_dict(online.state_dict())
+            with torch.no_grad():
+                for old, new in zip(target.parameters(), online.parameters(), strict=True):
+                    old.copy_(tau * new + (1 - tau) * old)
         losses.append(loss.item())
         errors.append(error.detach())
     change = {name: p.detach() - start[name] for name, p in online.named_parameters()}
@@ -143,6 +159,28 @@ def test_it_learns_what_a_plain_loop_learns(
         assert distance({"": step.td_errors}, {"": error}) < 1e-10
         assert step.td_errors.shape == (BATCH,)
         assert step.bytes_sent == 0
+    learned = {name: p.detach() - start[name] for name, p in learner.named_parameters()}
+    assert distance(learned, change) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("boundaries", "m", "schedule"),
+    [(HALVES, 4, "1f1b"), (HALVES, 4, "td1f1b"), (THIRDS, 2, "tdzb"), (QUARTERS, 2, "zbv"), (WHOLE, 2, "td1f1b")],
+)
+@pytest.mark.parametrize("rule", [{"lookahead": 1}, {"target_tau": 0.3, "lookahead": 1}, {"accumulation": 4}])
+def test_every_rule_learns_what_a_plain_loop_learns(
+    alone: World, boundaries: tuple[int, ...], m: int, schedule: str, rule: dict[str, Any]
+) -> None:
+    """A batch that is announced early, a target that follows softly and a batch in parts are the same updates."""
+    change, losses, norms, errors = plain_double_dqn(6, double=True, tau=rule.get("target_tau", 1.0), **RULE)
+    learner = build(alone, boundaries, m, schedule=schedule, **RULE, **rule)
+    start = {name: p.detach().clone() for name, p in learner.named_parameters()}
+    steps = learn(learner, 6)
+    assert [step.loss.item() for step in steps] == pytest.approx(losses, rel=1e-10)
+    assert [step.grad_norm.item() for step in steps] == pytest.approx(norms, rel=1e-10)
+    for step, error in zip(steps, errors, strict=True):
+        assert step.td_errors is not None
+        assert distance({"": step.td_errors}, {"": error}) < 1e-10
     learned = {name: p.detach() - start[name] for name, p in learner.named_parameters()}
     assert distance(learned, change) < 1e-10
 
@@ -249,6 +287,138 @@ def test_gather_by_name_of_one_process(alone: World) -> None:
     assert not any(t.requires_grad for t in gathered.values())
 
 
+# Passes that run ahead
+
+
+@pytest.mark.parametrize(
+    ("schedule", "lookahead", "late"),
+    [
+        ("td1f1b", 1, [1, 0, 0, 1, 0, 0, 1]),
+        ("tdzb", 1, [1, 0, 0, 1, 0, 0, 1]),
+        ("td1f1b", 0, [0] * 7),
+        ("1f1b", 1, [0] * 7),
+    ],
+)
+def test_late_passes_are_counted(alone: World, schedule: str, lookahead: int, late: list[int]) -> None:
+    """One at the first update, for which nothing was prepared, and one after each change of the target."""
+    learner = build(alone, HALVES, 2, schedule=schedule, lookahead=lookahead, target_period=3)
+    kinds = []
+    for update in range(7):
+        (step,) = learn(learner, 1, update) if not lookahead else [learn_on(learner, update)]
+        assert step.late_passes == late[update]
+        kinds.append([span.kind for span in learner.timeline().spans])
+    passes = 2 * 2
+    for update, seen in enumerate(kinds):
+        ahead = lookahead and schedule != "1f1b"
+        early = passes * ((update + 1) % 3 != 0) if ahead else passes
+        assert (seen.count("T"), seen.count("D")) == (early + passes * late[update], passes)
+        assert seen.count("late") == late[update]
+
+
+BATCHES = [batch(update) for update in range(9)]
+
+
+def learn_on(learner: Learner, update: int) -> LearnStep:
+    return learner.learn(BATCHES[update], BATCHES[update + 1])
+
+
+def test_a_target_that_changes_at_every_update_leaves_nothing_to_run_ahead(alone: World) -> None:
+    """As soft updates do. It learns the same; that the schedule has no effect is said."""
+    rule = {**RULE, "target_period": 1, "target_tau": 0.2}
+    message = "target_period 1 changes the target at every update, so the passes T of schedule td1f1b never run"
+    with pytest.warns(UserWarning, match=message):
+        learner = build(alone, HALVES, 2, schedule="td1f1b", lookahead=1, **rule)
+    single = build(alone, **rule)
+    for update in range(5):
+        step, other = learn_on(learner, update), single.learn(BATCHES[update])
+        assert step.late_passes == 1
+        assert step.loss.item() == pytest.approx(other.loss.item(), rel=1e-10)
+
+
+def test_an_upcoming_batch_must_come_where_it_is_asked_for(alone: World) -> None:
+    ahead, plain = build(alone, HALVES, 2, schedule="td1f1b", lookahead=1), build(alone, HALVES, 2)
+    with pytest.raises(ValueError, match=r"rank 0 got no batch as upcoming \(lookahead 1\); .* and the upcoming one"):
+        ahead.learn(BATCHES[0])
+    with pytest.raises(ValueError, match=r"rank 0 got a batch as upcoming \(lookahead 0\); rank 0, "):
+        plain.learn(BATCHES[0], BATCHES[1])
+    with pytest.raises(ValueError, match=r"rank 0 got 8 transitions but a replica's part of batch_size 16 is 16"):
+        ahead.learn(BATCHES[0], BATCHES[1].rows(0, 8))
+    assert (ahead.update, plain.update) == (0, 0)
+
+
+def test_another_batch_than_the_one_announced_is_refused(alone: World) -> None:
+    """Its target values would be those of other transitions: an equal batch is not enough, it must be the same."""
+    learner = build(alone, HALVES, 2, schedule="td1f1b", lookahead=1)
+    learn_on(learner, 0)
+    message = "update 2 got another batch than update 1 had announced as upcoming; pass that one"
+    for other in (BATCHES[2], batch(1)):
+        with pytest.raises(ValueError, match=message):
+            learner.learn(other, BATCHES[3])
+    assert learn_on(learner, 1).update == 2
+
+
+# Tables of one's own
+
+
+def test_a_table_that_was_written_and_read_is_the_built_in_one(alone: World) -> None:
+    built_in = build(alone, HALVES, 4, schedule="td1f1b", lookahead=1, **RULE)
+    read = ActionTable.from_csv(built_in.table.to_csv())
+    custom = build(alone, HALVES, 4, schedule="td1f1b", lookahead=1, table=read, **RULE)
+    assert custom.table == built_in.table
+    for step, other in zip(learn(custom, 5), learn(built_in, 5), strict=True):
+        assert torch.equal(step.loss, other.loss)
+        assert torch.equal(step.grad_norm, other.grad_norm)
+    assert all(torch.equal(a, b) for a, b in zip(custom.parameters(), built_in.parameters(), strict=True))
+
+
+OWN = """\
+# schedule=own passes=D ahead=T
+0D0,0D1,0F0,0F1,0T0,0T1,0B1,0I0,0W0
+1D1,1D0,1F1,1F0,1I1,1T0,1T1,1W1,1R0,1B0
+"""
+
+
+def test_a_table_of_ones_own(alone: World) -> None:
+    """Any order that can run: backwards in reverse, a split one beside a whole one, T before the backwards."""
+    change, losses, _, _ = plain_double_dqn(6, double=True, **RULE)
+    text = OWN.replace("1D1,1D0,1F1,1F0", "1D0,1D1,1F0,1F1")
+    learner = build(alone, HALVES, 2, lookahead=1, table=ActionTable.from_csv(text), **RULE)
+    start = {name: p.detach().clone() for name, p in learner.named_parameters()}
+    assert [step.loss.item() for step in learn(learner, 6)] == pytest.approx(losses, rel=1e-10)
+    assert distance({name: p.detach() - start[name] for name, p in learner.named_parameters()}, change) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("table", "options", "message"),
+    [
+        (("1f1b", 3, 4, "TD"), {}, "the table has (stages, m, passes) (3, 4, {"),
+        (("1f1b", 2, 2, "TD"), {}, "the table has (stages, m, passes) (2, 2, {"),
+        (("1f1b", 2, 4, "T"), {}, "the table has (stages, m, passes) (2, 4, {'T'}) but the plan and double_dqn need"),
+        (
+            ("td1f1b", 2, 4, "TD", "T"),
+            {},
+            "the table runs T ahead but with lookahead 0 only nothing may; set",
+        ),
+        (("td1f1b", 2, 4, "TD", "D"), {"lookahead": 1}, "the table runs D ahead but with lookahead 1 only ['T'] may"),
+    ],
+)
+def test_a_table_of_another_plan(alone: World, table: Any, options: dict[str, Any], message: str) -> None:
+    sizes, ahead = table[:4], "".join(table[4:])
+    with pytest.raises(ValueError, match=re.escape(message)):
+        build(alone, HALVES, 4, table=action_table(*sizes, ahead=ahead), **options)
+
+
+def test_a_table_that_cannot_run(alone: World) -> None:
+    lanes = build(alone, HALVES, 2, schedule="1f1b").table.lanes
+    for wrong, message in (
+        ((lanes[0][::-1], lanes[1]), "the table cannot run: 0B1 waits for 0F1, which cannot come before it"),
+        ((lanes[0][1:], lanes[1]), "the table lacks 0T0"),
+        ((lanes[0], (*lanes[1], lanes[1][-1])), "the table has 1B1 2 times"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            build(alone, HALVES, 2, table=ActionTable("own", wrong, "TD"))
+
+
 # What it refuses
 
 
@@ -264,7 +434,8 @@ def test_a_batch_of_the_wrong_size(alone: World, size: int) -> None:
 
 def test_a_missing_batch(alone: World) -> None:
     message = (
-        "rank 0 got no batch; rank 0, the first stage of its replica, passes the batch and the other ranks pass None"
+        "rank 0 got no batch (lookahead 0); rank 0, the first stage of its replica, passes the batch and the other "
+        "ranks pass None"
     )
     with pytest.raises(ValueError, match=re.escape(message)):
         build(alone).learn(None)
@@ -273,6 +444,10 @@ def test_a_missing_batch(alone: World) -> None:
 def test_a_batch_that_does_not_divide(alone: World) -> None:
     with pytest.raises(ValueError, match=re.escape("batch_size 16 is not a multiple of d·m = 1·3; try 15")):
         build(alone, m=3)
+    with pytest.raises(ValueError, match="batch_size 16 is not a multiple of accumulation 3; change one of them"):
+        build(alone, accumulation=3)
+    with pytest.raises(ValueError, match=re.escape("batch_size 4 is not a multiple of d·m = 1·8")):
+        build(alone, m=8, accumulation=4)
 
 
 @pytest.mark.parametrize(
@@ -300,11 +475,12 @@ def test_a_stage_of_frozen_parameters(alone: World) -> None:
     chain[:4].requires_grad_(False)
     with pytest.raises(ValueError, match=r"stage 0 \(scale, conv1, relu1\) has 0 parameters to train"):
         build(alone, (0, 3, 11), 2, chain=chain)
-    learner = build(alone, HALVES, 2, chain=chain)
-    start = {name: p.detach().clone() for name, p in learner.named_parameters()}
-    learner.learn(batch(0))
-    moved = {name for name, p in learner.named_parameters() if not torch.equal(p, start[name])}
-    assert moved == {name for name, p in learner.named_parameters() if p.requires_grad}
+    for schedule in ("1f1b", "zb_h1"):
+        learner = build(alone, HALVES, 2, schedule=schedule, chain=copy.deepcopy(chain))
+        start = {name: p.detach().clone() for name, p in learner.named_parameters()}
+        learner.learn(batch(0))
+        moved = {name for name, p in learner.named_parameters() if not torch.equal(p, start[name])}
+        assert moved == {name for name, p in learner.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize(
@@ -316,6 +492,10 @@ def test_a_stage_of_frozen_parameters(alone: World) -> None:
         ({"adam_eps": -1e-8}, "adam_eps is -1e-08 but must be above 0"),
         ({"target_period": 0}, "target_period is 0 but must be above 0"),
         ({"max_grad_norm": 0.0}, "max_grad_norm is 0.0 but must be above 0"),
+        ({"target_tau": 0.0}, "target_tau is 0.0 but must be above 0"),
+        ({"target_tau": 1.5}, "target_tau is 1.5 but must be at most 1, which copies"),
+        ({"accumulation": 0}, "accumulation is 0 but must be above 0"),
+        ({"lookahead": 2}, "lookahead is 2 but must be 0 or 1"),
     ],
 )
 def test_a_bad_config(setting: dict[str, Any], message: str) -> None:
@@ -337,6 +517,34 @@ def mixed_network() -> nn.Sequential:
     return nn.Sequential(
         OrderedDict([*chain[:6].float().named_children(), ("cast", ToDouble()), *chain[6:].named_children()])
     )
+
+
+def calls_of_an_update(learner: Learner, parts: tuple[slice, ...]) -> list[str]:
+    """What this rank does in its second update, in order: actions, and the parts of the reduction."""
+    calls: list[str] = []
+    mark, start, totals = Stopwatch.mark, SynchronousExchange.start, Reduction._start_totals
+
+    def marked(self: Stopwatch, kind: str, begin: float, stage: int = -1, i: int = -1) -> None:
+        calls.append(f"{stage}{kind}{i}" if stage >= 0 else kind)
+        mark(self, kind, begin, stage, i)
+
+    def started(self: SynchronousExchange, stage: int, parameters: Any) -> None:
+        calls.append(f"sum of stage {stage}")
+        start(self, stage, parameters)
+
+    def summed(self: Reduction) -> Any:
+        calls.append("totals")
+        return totals(self)
+
+    own = [BATCHES[k].rows(p.start, p.stop) for k, p in enumerate(parts)] if learner.owns_shards else [None] * 3
+    learner.learn(own[0], own[1])
+    with (
+        patch.object(Stopwatch, "mark", marked),
+        patch.object(SynchronousExchange, "start", started),
+        patch.object(Reduction, "_start_totals", summed),
+    ):
+        learner.learn(own[1], own[2])
+    return calls
 
 
 def two_ranks() -> dict[str, Any]:
@@ -364,6 +572,10 @@ def two_ranks() -> dict[str, Any]:
         seen["replica_norms"] = [s.grad_norm.item() for s in steps]
         seen["replica_td"] = [s.td_errors for s in steps]
         seen["replica_weights"] = gather_by_name(replicas, dict(replicas.named_parameters()))
+        ahead = build(world, HALVES, 4, schedule="td1f1b", stacked=False, lookahead=1, **RULE)
+        seen["drain"] = calls_of_an_update(ahead, (slice(0, BATCH),) * 3)
+        ahead = build(world, HALVES, 4, schedule="td1f1b", data=2, lookahead=1, **RULE)
+        seen["stacked_drain"] = calls_of_an_update(ahead, (part,) * 3)
         try:
             replicas.learn(batch(0))
         except ValueError as error:
@@ -409,9 +621,30 @@ def test_only_the_first_rank_of_a_replica_passes_a_batch(two: list[dict[str, Any
     who = "rank 0, the first stage of its replica, passes the batch and the other ranks pass None"
     first, last = two
     assert (first["roles"], last["roles"]) == ((True, False), (False, True))
-    assert (first["missing"], last["missing"]) == (f"rank 0 got no batch; {who}", f"rank 1 got a batch; {who}")
+    assert (first["missing"], last["missing"]) == (
+        f"rank 0 got no batch (lookahead 0); {who}",
+        f"rank 1 got a batch (lookahead 0); {who}",
+    )
     assert first["size"] == "rank 0 got 8 transitions but a replica's part of batch_size 16 is 16 (d = 1)"
     assert first["whole_batch"] == "rank 0 got 16 transitions but a replica's part of batch_size 16 is 8 (d = 2)"
+
+
+@pytest.mark.parametrize("run", ["drain", "stacked_drain"])
+def test_the_exchange_begins_while_there_is_work_left(two: list[dict[str, Any]], run: str) -> None:
+    """Each stage's sum right after the last action that adds to its gradients, in front of passes over the next batch
+    and of earlier stages' backwards."""
+    for calls in (rank[run] for rank in two):
+        actions = [call for call in calls if call[0].isdigit()]
+        for stage in {call[0] for call in actions}:
+            last = [call for call in actions if call[0] == stage and call[1] == "B"][-1]
+            assert calls[calls.index(last) + 1] == f"sum of stage {stage}"
+        assert calls.count("totals") == 1
+        assert calls[-2:] == ["exchange", "optimizer"]
+        if run == "stacked_drain":
+            assert calls.index("sum of stage 1") < calls.index("0B3")
+    first, last = (rank[run] for rank in two)
+    assert [call for call in last[last.index("sum of stage 1") :] if call.startswith("1T")], "T fills the drain"
+    assert [call for call in first if call.startswith("0T")]
 
 
 def test_bytes_sent(two: list[dict[str, Any]]) -> None:

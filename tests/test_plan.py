@@ -1,12 +1,14 @@
 """The frozen values of `mpdqn.plan`: what they refuse, where they place stages, and that JSON keeps them."""
 
 import dataclasses
+import json
+import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpdqn.plan import LayerCost, Parallelism, Partition, Plan, Profile
+from mpdqn.plan import RECOMPUTATION, LayerCost, Link, Parallelism, Partition, Plan, Profile
 
 reproducible = settings(deadline=None, derandomize=True, database=None)
 FOUR = Partition(boundaries=(0, 1, 3, 6, 7))
@@ -25,13 +27,21 @@ def partitions(draw: st.DrawFn) -> Partition:
 def plans(draw: st.DrawFn) -> Plan:
     """Any placement that is allowed: ranks in any order, some of them holding several stages of their replica."""
     partition, d = draw(partitions()), draw(st.integers(1, 4))
-    p = partition.num_stages
-    names = draw(st.permutations(range(d * p)))
-    columns = [[names[r * p + draw(st.integers(0, p - 1))] for _ in range(p)] for r in range(d)]
+    stages = partition.num_stages
+    virtual = draw(st.sampled_from([v for v in range(1, stages + 1) if stages % v == 0]))
+    names = draw(st.permutations(range(d * stages)))
+    columns = [[names[r * stages + draw(st.integers(0, stages - 1))] for _ in range(stages)] for r in range(d)]
     parallelism = Parallelism(
-        data=d, pipeline=p, num_microbatches=draw(st.integers(1, 64)), schedule=draw(st.text(max_size=10))
+        data=d,
+        pipeline=stages // virtual,
+        num_microbatches=draw(st.integers(1, 64)),
+        schedule=draw(st.text(max_size=10)),
+        virtual=virtual,
     )
-    return Plan(partition=partition, parallelism=parallelism, placement=tuple(zip(*columns, strict=True)))
+    mode = st.sampled_from(RECOMPUTATION)
+    recompute = draw(st.just(()) | st.lists(mode, min_size=stages, max_size=stages).map(tuple))
+    placement = tuple(zip(*columns, strict=True))
+    return Plan(partition=partition, parallelism=parallelism, placement=placement, recompute=recompute)
 
 
 times = st.floats(0, 1e9)
@@ -76,7 +86,7 @@ def test_profile_json_both_ways(profile: Profile) -> None:
 @reproducible
 @given(plans())
 def test_every_stage_of_a_replica_lies_on_its_ranks(plan: Plan) -> None:
-    d, p = plan.parallelism.data, plan.parallelism.pipeline
+    d, p = plan.parallelism.data, plan.parallelism.num_stages
     assert plan.ranks == tuple(sorted({rank for index in range(d) for rank in plan.replica(index)}))
     for rank in plan.ranks:
         index = plan.replica_of(rank)
@@ -120,7 +130,7 @@ def test_boundaries_that_do_not_rise(boundaries: tuple[int, ...]) -> None:
     assert str(boundaries) in str(error.value)
 
 
-@pytest.mark.parametrize("name", ["data", "pipeline", "num_microbatches"])
+@pytest.mark.parametrize("name", ["data", "pipeline", "num_microbatches", "virtual"])
 def test_counts_below_one(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} is 0 but must be at least 1"):
         Parallelism(**{name: 0})  # type: ignore[arg-type]
@@ -175,7 +185,7 @@ def test_a_rank_that_takes_no_part() -> None:
 
 @pytest.mark.parametrize(("p", "rows"), [(2, 4), (4, 3), (3, 3)])
 def test_three_counts_of_stages_that_disagree(p: int, rows: int) -> None:
-    with pytest.raises(ValueError, match=rf"has 4 stages, the parallelism p = {p} and the placement {rows} rows"):
+    with pytest.raises(ValueError, match=rf"has 4 stages, the parallelism p·v = {p} and the placement {rows} rows"):
         Plan(partition=FOUR, parallelism=Parallelism(pipeline=p), placement=((0,),) * rows)
 
 
@@ -191,3 +201,49 @@ def test_a_rank_in_two_replicas() -> None:
             parallelism=Parallelism(data=2, pipeline=2),
             placement=((0, 1), (1, 2)),
         )
+
+
+def test_virtual_stages_are_dealt_to_the_ranks_in_turn_or_as_told() -> None:
+    parallelism = Parallelism(data=2, pipeline=2, virtual=2)
+    assert parallelism.num_stages == 4
+    assert Parallelism(pipeline=3).num_stages == 3
+    in_turn = Plan.rectangular(FOUR, parallelism)
+    assert in_turn.placement == ((0, 2), (1, 3), (0, 2), (1, 3))
+    assert [in_turn.stages_of(rank) for rank in in_turn.ranks] == [(0, 2), (1, 3), (0, 2), (1, 3)]
+    v_shaped = Plan.rectangular(FOUR, parallelism, lanes=(0, 1, 1, 0))
+    assert v_shaped.placement == ((0, 2), (1, 3), (1, 3), (0, 2))
+    assert (v_shaped.replica(0), v_shaped.replica(1)) == ((0, 1, 1, 0), (2, 3, 3, 2))
+    assert Plan.stacked(FOUR, parallelism).placement == ((0, 1),) * 4
+
+
+def test_virtual_stages_that_disagree_with_the_partition() -> None:
+    with pytest.raises(ValueError, match=r"has 4 stages, the parallelism p·v = 6 and the placement 6 rows"):
+        Plan.rectangular(FOUR, Parallelism(pipeline=3, virtual=2))
+
+
+def test_nothing_is_recomputed_unless_told() -> None:
+    plan = Plan.rectangular(FOUR, Parallelism(pipeline=4))
+    assert plan.recompute == ("none",) * 4
+    modes = ("none", "all", "boundaries", "all")
+    assert Plan.rectangular(FOUR, Parallelism(pipeline=4), recompute=modes).recompute == modes
+    assert Plan.stacked(FOUR, Parallelism(pipeline=4), recompute=modes).recompute == modes
+    assert plan == Plan.rectangular(FOUR, Parallelism(pipeline=4), recompute=("none",) * 4)
+
+
+@pytest.mark.parametrize("modes", [("all",), ("none", "all", "some", "none"), ("none",) * 5])
+def test_recomputation_that_does_not_fit_the_stages(modes: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match=r"must name one of none, boundaries, all for each of 4 stages") as error:
+        Plan.rectangular(FOUR, Parallelism(pipeline=4), recompute=modes)
+    assert str(modes) in str(error.value)
+
+
+def test_a_plan_written_before_virtual_stages_and_recomputation_still_reads() -> None:
+    plan = Plan.rectangular(FOUR, Parallelism(data=2, pipeline=4, num_microbatches=8, schedule="1f1b"))
+    data = json.loads(plan.to_json())
+    del data["recompute"], data["parallelism"]["virtual"]
+    assert Plan.from_json(json.dumps(data)) == plan
+
+
+def test_a_link_is_free_unless_told() -> None:
+    assert Link() == Link(latency_s=0.0, bytes_per_s=math.inf, posted_ahead=True)
+    assert hash(Link(latency_s=1e-4)) != hash(Link())

@@ -5,8 +5,7 @@ A defect patches one name while a layout runs; the reference it is compared with
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 from unittest.mock import patch
@@ -22,12 +21,19 @@ from mpdqn.launch import launch
 from mpdqn.learner import Learner
 from mpdqn.mesh import Mesh, World
 from mpdqn.pipeline import runtime
-from mpdqn.pipeline.runtime import Pipeline
+from mpdqn.pipeline.runtime import Pipeline, Program, Values, _StaticStage
 from mpdqn.pipeline.stage import Stage
 from mpdqn.replay import VirtualShards
-from tests.transparency import Case, errors, run_case, run_reference, violations
+from mpdqn.schedule import Action, ActionTable
+from mpdqn.schedule.actions import BACKWARD_INPUT, GRADIENTS_OF_WEIGHTS, RECOMPUTE
+from tests.transparency import Case, errors, run_case, run_reference, tiny_case, violations
 
 HYBRID = Case(data=2, pipeline=2, schedule="1f1b", m=4)
+AHEAD = tiny_case("td1f1b", lookahead=1)
+SPLIT = tiny_case("tdzb", lookahead=1)
+AGAIN = tiny_case("1f1b", pipeline=3, recompute="all")
+SOFT = tiny_case("td1f1b", lookahead=1, target_tau=0.25)
+PARTS = tiny_case("td1f1b", data=2, lookahead=1, accumulation=2)
 
 Defect = Callable[[], Any]
 
@@ -64,46 +70,46 @@ def undiscounted_terminals() -> Any:
 
 
 def averaged_replicas() -> Any:
-    real = SynchronousExchange.reduce
+    real = SynchronousExchange.finish
 
-    def average(self: SynchronousExchange, parameters: Mapping[int, list[nn.Parameter]]) -> None:
-        real(self, parameters)
-        for owned in parameters.values():
-            for p in owned:
-                assert p.grad is not None
-                p.grad /= 2
+    def average(self: SynchronousExchange) -> None:
+        summed = [gradient for _, _, gradients in self._under_way for gradient in gradients]
+        real(self)
+        for gradient in summed:
+            gradient /= 2
 
-    return patch.object(SynchronousExchange, "reduce", average)
+    return patch.object(SynchronousExchange, "finish", average)
 
 
 def unreduced_replicas() -> Any:
-    return patch.object(SynchronousExchange, "reduce", lambda self, parameters: None)
+    return patch.object(SynchronousExchange, "start", lambda self, stage, parameters: None)
 
 
-def reduction_one_microbatch_early() -> Any:
-    """What a hook does that starts the all-reduce before the last backward: the last part stays local."""
-    real_backward, real_reduce = Pipeline._backward, SynchronousExchange.reduce
-    before: dict[nn.Parameter, Tensor] = {}
+def exchange_one_backward_early() -> Any:
+    """The sum of a stage begins after the last action but one that adds to its gradients."""
+    real = Pipeline.program
 
-    def backward(self: Pipeline, action: Any, loss: Tensor | None) -> Any:
-        if action.microbatch == self._m - 1:
-            for p in self._runner(action).submod.parameters():
-                before[p] = torch.zeros_like(p) if p.grad is None else p.grad.clone()
-        return real_backward(self, action, loss)
+    def program(self: Pipeline, table: ActionTable) -> Program:
+        whole = real(self, table)
+        early: dict[Action, int] = {}
+        for stage in whole.completes.values():
+            adding = [a for a in whole.order if a.stage == stage and a.kind in GRADIENTS_OF_WEIGHTS]
+            early[adding[-2]] = stage
+        return replace(whole, completes=early)
 
-    def reduce(self: SynchronousExchange, parameters: Mapping[int, list[nn.Parameter]]) -> None:
-        late = {}
-        for owned in parameters.values():
-            for p in owned:
-                assert p.grad is not None
-                late[p] = p.grad - before[p]
-                p.grad.copy_(before[p])
-        real_reduce(self, parameters)
-        for p, part in late.items():
-            assert p.grad is not None
-            p.grad += part
+    return patch.object(Pipeline, "program", program)
 
-    return _both(patch.object(Pipeline, "_backward", backward), patch.object(SynchronousExchange, "reduce", reduce))
+
+def exchange_before_the_last_weight_gradients() -> Any:
+    """With a split backward: the sum begins when the last I, not the last W, has ended."""
+    real = Pipeline.program
+
+    def program(self: Pipeline, table: ActionTable) -> Program:
+        whole = real(self, table)
+        inputs = {a.stage: a for a in whole.order if a.kind == BACKWARD_INPUT}
+        return replace(whole, completes={inputs[stage]: stage for stage in whole.completes.values()})
+
+    return patch.object(Pipeline, "program", program)
 
 
 def clip_norm_of_the_stage() -> Any:
@@ -121,16 +127,16 @@ def clip_norm_counted_for_each_replica() -> Any:
 
 
 def stale_target_at_a_refresh() -> Any:
-    return patch.object(Stage, "refresh_target", lambda self: None)
+    return patch.object(Stage, "refresh_target", lambda self, tau: None)
 
 
 def refresh_of_the_first_stage_only() -> Any:
     real = Stage.refresh_target
-    return patch.object(Stage, "refresh_target", lambda self: real(self) if self.index == 0 else None)
+    return patch.object(Stage, "refresh_target", lambda self, tau: real(self, tau) if self.index == 0 else None)
 
 
 def target_that_shares_the_online_weights() -> Any:
-    def share(self: Stage) -> None:
+    def share(self: Stage, tau: float) -> None:
         for target, online in zip(self.target.parameters(), self.online.parameters(), strict=True):
             target.data = online.data
 
@@ -157,8 +163,8 @@ def swapped_values() -> Any:
     real = Pipeline._forward
     kept: dict[str, Tensor] = {}
 
-    def forward(self: Pipeline, action: Any, frames: Any, leaving: Any) -> Tensor:
-        output = real(self, action, frames, leaving)
+    def forward(self: Pipeline, action: Action, *rest: Any) -> Tensor:
+        output = real(self, action, *rest)
         if action.kind == "T" and action.stage == self._mesh.num_stages - 1:
             if action.microbatch == 0:
                 kept["T"] = output.clone()
@@ -221,10 +227,207 @@ def gradient_in_another_memory_format() -> Any:
     return patch.object(runtime, "_flat", flat)
 
 
-@contextmanager
-def _both(first: Any, second: Any) -> Iterator[None]:
-    with first, second:
-        yield
+# What schedules, recomputation, lookahead, soft updates and accumulation add
+
+
+def refresh_that_keeps_the_passes_ahead_of_it() -> Any:
+    """The update before the target changes fills its gaps, too: with values of the old target."""
+    real = Learner.learn
+
+    def learn(self: Learner, batch: Any, upcoming: Any = None) -> Any:
+        config = self.config
+        self.config = replace(config, target_period=10**9)
+        step = real(self, batch, upcoming)
+        self.config = config
+        if self.update % config.target_period == 0:
+            for stage in self.stages:
+                stage.refresh_target(config.target_tau)
+        return step
+
+    return patch.object(Learner, "learn", learn)
+
+
+def values_of_before_the_refresh() -> Any:
+    """The late passes after a refresh are left out: what was prepared for the update before is used once more."""
+    real = Learner.learn
+
+    def learn(self: Learner, batch: Any, upcoming: Any = None) -> Any:
+        prepared = self._prepared
+        step = real(self, batch, upcoming)
+        if self._prepared is None:
+            self._prepared = prepared
+        return step
+
+    return patch.object(Learner, "learn", learn)
+
+
+def gaps_filled_with_this_batch() -> Any:
+    real = Learner._frames
+    return patch.object(
+        Learner, "_frames", lambda self, program, batch, upcoming, part: real(self, program, batch, batch, part)
+    )
+
+
+def swapped_values_of_the_next_batch() -> Any:
+    """The values that two micro-batches of a pass ahead gave change places."""
+    real = Pipeline.run
+
+    def run(self: Pipeline, *args: Any, **options: Any) -> Values:
+        ahead = real(self, *args, **options)
+        return {k: {i: v[{0: 1, 1: 0}.get(i, i)] for i in v} for k, v in ahead.items()}
+
+    return patch.object(Pipeline, "run", run)
+
+
+def values_of_the_step_before() -> Any:
+    """Double DQN chooses with what the online network said in the last step."""
+    real = Pipeline._forward
+    kept: dict[int, Tensor] = {}
+
+    def forward(self: Pipeline, action: Action, *rest: Any) -> Tensor:
+        output = real(self, action, *rest)
+        if action.kind == "D" and action.stage == self._mesh.num_stages - 1:
+            before = kept.get(action.microbatch, output)
+            kept[action.microbatch] = output
+            return before
+        return output
+
+    return patch.object(Pipeline, "_forward", forward)
+
+
+def lost_weight_gradients_of_a_microbatch() -> Any:
+    real = _StaticStage.backward_weight_one_chunk
+
+    def backward_weight(self: _StaticStage, i: int) -> None:
+        if i != 1:
+            real(self, i)
+
+    return patch.object(_StaticStage, "backward_weight_one_chunk", backward_weight)
+
+
+def weight_gradients_twice() -> Any:
+    real = _StaticStage.backward_weight_one_chunk
+
+    def backward_weight(self: _StaticStage, i: int) -> None:
+        parameters = list(self.submod.parameters())
+        before = [0 if p.grad is None else p.grad.clone() for p in parameters]
+        real(self, i)
+        for p, old in zip(parameters, before, strict=True):
+            if i == 2 and p.grad is not None:
+                p.grad += p.grad - old
+
+    return patch.object(_StaticStage, "backward_weight_one_chunk", backward_weight)
+
+
+def split_that_loses_the_gradient_of_the_input() -> Any:
+    real = _StaticStage.backward_input
+
+    def backward_input(self: _StaticStage, i: int, loss: Tensor | None) -> Tensor | None:
+        gradient = real(self, i, loss)
+        return gradient if gradient is None else torch.zeros_like(gradient)
+
+    return patch.object(_StaticStage, "backward_input", backward_input)
+
+
+def recomputed_from_the_frames_of_another_microbatch() -> Any:
+    real = Pipeline._forward
+
+    def forward(self: Pipeline, action: Action, frames: Any, *rest: Any) -> Tensor:
+        if action.kind == RECOMPUTE:
+            frames = [*frames[1:], *frames[:1]]
+        return real(self, action, frames, *rest)
+
+    return patch.object(Pipeline, "_forward", forward)
+
+
+def recomputed_from_what_another_microbatch_received() -> Any:
+    real = Pipeline._forward
+
+    def forward(self: Pipeline, action: Action, *rest: Any) -> Tensor:
+        if action.kind != RECOMPUTE:
+            return real(self, action, *rest)
+        first = self._runner(action).args_recv_info[0]
+        with patch.dict(self._runner(action).args_recv_info, {action.microbatch: first}):
+            return real(self, action, *rest)
+
+    return patch.object(Pipeline, "_forward", forward)
+
+
+def recomputed_with_other_weights() -> Any:
+    real = Pipeline._forward
+
+    def forward(self: Pipeline, action: Action, *rest: Any) -> Tensor:
+        if action.kind != RECOMPUTE:
+            return real(self, action, *rest)
+        parameters = list(self._runner(action).submod.parameters())
+        kept = [p.data for p in parameters]
+        for p in parameters:
+            p.data = 0.99 * p.data
+        output = real(self, action, *rest)
+        for p, data in zip(parameters, kept, strict=True):
+            p.data = data
+        return output
+
+    return patch.object(Pipeline, "_forward", forward)
+
+
+def soft_update_that_copies() -> Any:
+    real = Stage.refresh_target
+    return patch.object(Stage, "refresh_target", lambda self, tau: real(self))
+
+
+def soft_update_the_other_way_round() -> Any:
+    real = Stage.refresh_target
+    return patch.object(Stage, "refresh_target", lambda self, tau: real(self, 1 - tau))
+
+
+def labels_of_the_first_part_for_all() -> Any:
+    import mpdqn.learner as learner
+
+    real = learner._rows
+
+    def first_part(labels: agents.Labels, rows: slice) -> agents.Labels:
+        part = len(labels.action) // 2
+        first = rows.start % part
+        return real(labels, slice(first, first + rows.stop - rows.start))
+
+    return patch.object(learner, "_rows", first_part)
+
+
+def frames_of_the_first_part_for_all() -> Any:
+    real = Learner._frames
+    return patch.object(
+        Learner, "_frames", lambda self, program, batch, upcoming, part: real(self, program, batch, upcoming, 0)
+    )
+
+
+def gradients_of_the_last_part_only() -> Any:
+    real = Pipeline.run
+
+    def run(self: Pipeline, *args: Any, **options: Any) -> Values:
+        for runner in self._runners.values():
+            for p in runner.submod.parameters():
+                p.grad = None
+        return real(self, *args, **options)
+
+    return patch.object(Pipeline, "run", run)
+
+
+def reduced_in_every_part() -> Any:
+    """Each part ends with a sum over the replicas: what the first ones gave is counted d times."""
+    real = Pipeline.run
+
+    def run(self: Pipeline, *args: Any, **options: Any) -> Values:
+        values = real(self, *args, **options)
+        if options.get("after") is None:
+            exchange = SynchronousExchange(self._mesh)
+            for (kind, stage), runner in self._runners.items():
+                if kind == "F":
+                    exchange.start(stage, list(runner.submod.parameters()))
+            exchange.finish()
+        return values
+
+    return patch.object(Pipeline, "run", run)
 
 
 @dataclass(frozen=True)
@@ -245,7 +448,7 @@ TEETH = (
     Tooth(undiscounted_terminals, HYBRID, "td_errors"),
     Tooth(averaged_replicas, HYBRID, "gradients"),
     Tooth(unreduced_replicas, HYBRID, "gradients"),
-    Tooth(reduction_one_microbatch_early, HYBRID, "gradients"),
+    Tooth(exchange_one_backward_early, HYBRID, "gradients"),
     Tooth(clip_norm_of_the_stage, replace(HYBRID, data=1), "gradients"),
     Tooth(clip_norm_counted_for_each_replica, HYBRID, "gradients"),
     Tooth(stale_target_at_a_refresh, HYBRID, "td_errors"),
@@ -260,6 +463,24 @@ TEETH = (
     Tooth(gradients_kept_from_the_last_update, HYBRID, "gradients"),
     Tooth(td_errors_in_reverse, HYBRID, "td_errors"),
     Tooth(gradient_in_another_memory_format, replace(HYBRID, memory_format="channels_last"), "gradients"),
+    Tooth(exchange_before_the_last_weight_gradients, replace(SPLIT, data=2), "gradients"),
+    Tooth(refresh_that_keeps_the_passes_ahead_of_it, AHEAD, "td_errors"),
+    Tooth(values_of_before_the_refresh, AHEAD, "td_errors"),
+    Tooth(gaps_filled_with_this_batch, AHEAD, "td_errors"),
+    Tooth(swapped_values_of_the_next_batch, AHEAD, "td_errors"),
+    Tooth(values_of_the_step_before, AHEAD, "td_errors"),
+    Tooth(lost_weight_gradients_of_a_microbatch, SPLIT, "gradients"),
+    Tooth(weight_gradients_twice, tiny_case("zbv"), "gradients"),
+    Tooth(split_that_loses_the_gradient_of_the_input, SPLIT, "gradients"),
+    Tooth(recomputed_from_the_frames_of_another_microbatch, AGAIN, "gradients"),
+    Tooth(recomputed_from_what_another_microbatch_received, AGAIN, "gradients"),
+    Tooth(recomputed_with_other_weights, AGAIN, "gradients"),
+    Tooth(soft_update_that_copies, SOFT, "td_errors"),
+    Tooth(soft_update_the_other_way_round, SOFT, "td_errors"),
+    Tooth(labels_of_the_first_part_for_all, PARTS, "td_errors"),
+    Tooth(frames_of_the_first_part_for_all, PARTS, "td_errors"),
+    Tooth(gradients_of_the_last_part_only, PARTS, "gradients"),
+    Tooth(reduced_in_every_part, PARTS, "gradients"),
 )
 
 
@@ -292,4 +513,4 @@ def test_defect_is_found(tooth: Tooth, bitten: dict[str, tuple[Case, dict[str, f
 
 
 def test_there_are_enough_teeth() -> None:
-    assert len({tooth.defect.__name__ for tooth in TEETH}) >= 12
+    assert len({tooth.defect.__name__ for tooth in TEETH}) == len(TEETH) >= 12

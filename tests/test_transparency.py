@@ -12,17 +12,21 @@ import torch
 
 from mpdqn.launch import launch
 from mpdqn.mesh import World
-from tests.transparency import Case, Trace, errors, run_case, run_reference, violations
+from mpdqn.plan import RECOMPUTATION
+from mpdqn.schedule import SCHEDULES
+from tests.transparency import Case, Trace, errors, run_case, run_reference, tiny_case, violations
 
+MICROBATCHES = (1, 3, 4, 8, 16)
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (1, 3), (2, 2))
 """(d, p): single, DP 2, PP 2, PP 3, DP 2 × PP 2."""
 
 
 def small_matrix() -> Iterator[Case]:
     """What `make test` runs: every family, layout, schedule, m and V at least once, not all combinations."""
-    for family, (d, p), m in itertools.product(("nature", "impala"), LAYOUTS, (1, 2, 4, 8)):
+    for (d, p), m in itertools.product(LAYOUTS, (1, 2, 4, 8)):
         for schedule in ("gpipe", "1f1b") if p > 1 else ("gpipe",):
-            yield Case(family=family, data=d, pipeline=p, schedule=schedule, m=m)
+            yield Case(family="nature", data=d, pipeline=p, schedule=schedule, m=m)
+        yield Case(family="impala", data=d, pipeline=p, schedule="1f1b" if m in (1, 4) else "gpipe", m=m)
     for d, p in LAYOUTS:
         yield Case(family="resnet18", data=d, pipeline=p, schedule="1f1b", m=4)
         yield Case(family="nature", data=d, pipeline=p, m=4, agent="dqn", optimizer="sgd", shards=2)
@@ -50,6 +54,46 @@ def whole_matrix() -> Iterator[Case]:
             yield from (replace(layout, family=family) for family in ("resnet34", "resnet50", "resnet101"))
 
 
+def covering_schedules() -> Iterator[Case]:
+    """What `make test` runs of `whole_schedules`: each schedule with every value of every axis, on four ranks at most;
+    and what lies beside the axes."""
+    layouts = ((1, 2), (1, 3), (1, 4), (2, 2))
+    for k, schedule in enumerate(SCHEDULES):
+        for row, m in enumerate(MICROBATCHES):
+            d, p = layouts[(row + k) % 4]
+            recompute, lookahead = RECOMPUTATION[(row + k // 2) % 3], (row + k) % 2
+            yield tiny_case(schedule, data=d, pipeline=p, m=m, recompute=recompute, lookahead=lookahead)
+    for schedule in ("td1f1b", "tdzb", "zbv"):
+        yield tiny_case(schedule, lookahead=1, target_tau=0.5)
+        yield tiny_case(schedule, data=2, lookahead=1, accumulation=2)
+        yield tiny_case(schedule, pipeline=3, lookahead=1, recompute="mixed")
+    yield tiny_case("td1f1b", data=2, lookahead=1, accumulation=2, recompute="mixed", target_tau=0.5, m=3)
+    yield tiny_case("1f1b", data=2, accumulation=3)
+    yield tiny_case("interleaved_1f1b", data=2, accumulation=2)
+    yield tiny_case("looped_bfs", recompute="mixed")
+    for schedule in ("td1f1b", "tdzb"):
+        yield tiny_case(schedule, pipeline=1, lookahead=1)
+        yield tiny_case(schedule, pipeline=3, lookahead=1, agent="dqn", optimizer="sgd")
+        yield tiny_case(schedule, pipeline=4, lookahead=1, placement="interleaved")
+        yield Case(family="nature", pipeline=2, schedule=schedule, m=4, lookahead=1, dtype="float32")
+        yield Case(family="impala", pipeline=3, schedule=schedule, m=4, lookahead=1, memory_format="channels_last")
+    yield Case(family="nature", data=2, pipeline=2, schedule="zb_h1", m=2, memory_format="channels_last")
+    yield tiny_case("zb_h1", pipeline=3, placement="interleaved")
+    yield tiny_case("zbv", pipeline=3, placement="stacked")
+    yield tiny_case("zbv", data=2, placement="stacked", recompute="all")
+    yield tiny_case("interleaved_1f1b", virtual=3)
+    yield tiny_case("interleaved_1f1b", virtual=3, m=3, placement="stacked")
+    yield tiny_case("looped_bfs", virtual=3, m=8)
+    yield tiny_case("looped_bfs", virtual=1, pipeline=4)
+
+
+def whole_schedules() -> Iterator[Case]:
+    """What `make test-all` runs of the schedules: every one × p × d × m × recomputation × lookahead."""
+    axes = itertools.product((2, 3, 4), (1, 2), MICROBATCHES, RECOMPUTATION, (0, 1))
+    for (p, d, m, recompute, lookahead), schedule in itertools.product(axes, SCHEDULES):
+        yield tiny_case(schedule, data=d, pipeline=p, m=m, recompute=recompute, lookahead=lookahead)
+
+
 def run_matrix(cases: list[Case]) -> dict[Case, dict[str, float]]:
     """On rank 0 of a pool: the errors of every case."""
     torch.set_num_threads(1)
@@ -67,8 +111,9 @@ def by_reference(cases: Iterator[Case]) -> list[Case]:
     return sorted(dict.fromkeys(cases), key=lambda case: str(case.reference()))
 
 
-SMALL = by_reference(small_matrix())
+SMALL = by_reference(itertools.chain(small_matrix(), covering_schedules()))
 WHOLE = by_reference(whole_matrix())
+WHOLE_SCHEDULES = by_reference(whole_schedules())
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +124,17 @@ def small() -> dict[Case, dict[str, float]]:
 @pytest.fixture(scope="module")
 def whole() -> dict[Case, dict[str, float]]:
     return launch(run_matrix, WHOLE, num_workers=4)[0]
+
+
+@pytest.fixture(scope="module")
+def whole_schedules_found() -> dict[Case, dict[str, float]]:
+    """Each case among as few ranks as it needs: the others would only run references and wait."""
+    found: dict[Case, dict[str, float]] = {}
+    for ranks, cases in itertools.groupby(
+        sorted(WHOLE_SCHEDULES, key=lambda case: case.ranks), lambda case: case.ranks
+    ):
+        found |= launch(run_matrix, list(cases), num_workers=ranks)[0]
+    return found
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
@@ -92,6 +148,28 @@ def test_layout_computes_what_the_single_process_computes(case: Case, small: dic
 @pytest.mark.timeout(7200)
 def test_whole_matrix(case: Case, whole: dict[Case, dict[str, float]]) -> None:
     assert violations(case, whole[case]) == []
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("case", WHOLE_SCHEDULES, ids=str)
+@pytest.mark.timeout(7200)
+def test_whole_schedules(case: Case, whole_schedules_found: dict[Case, dict[str, float]]) -> None:
+    assert violations(case, whole_schedules_found[case]) == []
+
+
+def many_updates(case: Case, updates: int) -> dict[str, float]:
+    torch.set_num_threads(1)
+    with World.open("cpu", 60) as world:
+        reference = run_reference(world, case, updates=updates)
+        return errors(world, case, run_case(world, case, updates=updates), reference)
+
+
+@pytest.mark.timeout(600)
+def test_three_hundred_updates_with_passes_of_the_next_batch_in_the_gaps() -> None:
+    """Nothing adds up: 42 refreshes inside, and most updates before and after one."""
+    case = tiny_case("td1f1b", lookahead=1, target_period=7)
+    found = launch(many_updates, case, 300, num_workers=2)[0]
+    assert violations(case, found) == [], found
 
 
 def reruns(cases: list[Case]) -> list[bool]:
@@ -117,10 +195,24 @@ def test_two_runs_of_a_layout_are_bit_identical() -> None:
         for schedule in ("gpipe", "1f1b")
         for dtype in ("float32", "float64")
     ]
+    cases += [
+        tiny_case(schedule, data=d, pipeline=p, lookahead=1, recompute=recompute, dtype="float32")
+        for schedule, recompute in (("td1f1b", "none"), ("tdzb", "all"), ("zbv", "none"))
+        for d, p in ((1, 4), (2, 2))
+    ]
     for rank, same in enumerate(launch(reruns, cases, num_workers=4)):
         assert [case for case, equal in zip(cases, same, strict=True) if not equal] == [], f"rank {rank}"
 
 
 def test_cases_can_be_told_apart() -> None:
-    assert len({str(case) for case in SMALL}) == len(SMALL)
-    assert all(dataclasses.asdict(case.reference())["m"] == 1 for case in SMALL)
+    for cases in (SMALL, WHOLE, WHOLE_SCHEDULES):
+        assert len({str(case) for case in cases}) == len(cases)
+        assert all(dataclasses.asdict(case.reference())["m"] == 1 for case in cases)
+
+
+def test_the_small_matrix_has_every_schedule_with_every_value_of_every_axis() -> None:
+    small, whole = ([dataclasses.asdict(case) for case in cases] for cases in (SMALL, WHOLE_SCHEDULES))
+    for axis in ("pipeline", "data", "m", "recompute", "lookahead"):
+        pairs = {(case["schedule"], case[axis]) for case in whole}
+        assert pairs <= {(case["schedule"], case[axis]) for case in small if case["family"] == "tiny"}, axis
+    assert max(case.ranks for case in SMALL) == 4

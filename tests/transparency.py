@@ -8,20 +8,24 @@ over the whole network, of the worst replica.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mpdqn.dqn.agents import make_agent
+from mpdqn.dqn.batch import Batch
 from mpdqn.learner import Learner, LearnerConfig
 from mpdqn.mesh import Mesh, World
 from mpdqn.networks import make_network, set_memory_format
 from mpdqn.partition import balance_costs
-from mpdqn.plan import Parallelism, Partition, Plan
+from mpdqn.plan import RECOMPUTATION, Parallelism, Partition, Plan
 from mpdqn.randomness import keyed_seed
 from mpdqn.replay import VirtualShards
+from mpdqn.schedule import SCHEDULES, lane_of_stages
 
 ACTIONS = 5
 UPDATES = 5
@@ -32,6 +36,7 @@ FRAMES = {
     "resnet34": (4, 32, 32),
     "resnet50": (4, 32, 32),
     "resnet101": (4, 32, 32),
+    "tiny": (2, 12, 12),
 }
 
 FLOAT64_BOUND = 1e-10
@@ -60,15 +65,41 @@ class Case:
     placement: str = "rectangular"
     dtype: str = "float64"
     memory_format: str = "contiguous"
+    virtual: int = 1
+    recompute: str = "none"
+    lookahead: int = 0
+    accumulation: int = 1
+    target_tau: float = 1.0
+    target_period: int = 3
+    batch_size: int = 16
 
     def __str__(self) -> str:
         layout = f"dp{self.data}xpp{self.pipeline}-{self.schedule}+{self.placement}/m{self.m}"
-        rule = f"{self.agent}-{self.optimizer}-V{self.shards}"
+        layout += f"+v{self.virtual}" * (self.virtual > 1) + f"+{self.recompute}" * (self.recompute != "none")
+        layout += f"+a{self.accumulation}" * (self.accumulation > 1) + "+ahead" * self.lookahead
+        rule = f"{self.agent}-{self.optimizer}-V{self.shards}-B{self.batch_size}"
+        rule += f"-n{self.target_period}-tau{self.target_tau:g}"
         return f"{self.family}-{self.head}-{layout}-{rule}-{self.dtype}-{self.memory_format}"
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks the layout needs."""
+        if self.placement == "interleaved":
+            return 2
+        return self.data * (1 if self.placement == "stacked" else self.pipeline)
 
     def reference(self) -> Case:
         """The single process, m = 1, of the same update rule."""
-        return replace(self, data=1, pipeline=1, schedule="gpipe", m=1, placement="rectangular")
+        layout = {"data": 1, "pipeline": 1, "schedule": "gpipe", "m": 1, "virtual": 1, "placement": "rectangular"}
+        return replace(self, **layout, recompute="none", accumulation=1)
+
+
+def tiny_case(schedule: str, *, data: int = 1, pipeline: int = 2, m: int = 4, **options: Any) -> Case:
+    """A case on the tiny network, with the smallest batch that its layout, its shards and its sums can do with."""
+    options = {"virtual": SCHEDULES[schedule].virtual} | options
+    step = math.lcm(4, 2 * m, data * m * options.get("accumulation", 1))
+    size = step * math.ceil(4 * data / step)
+    return Case(family="tiny", data=data, pipeline=pipeline, schedule=schedule, m=m, batch_size=size, **options)
 
 
 @dataclass
@@ -122,34 +153,89 @@ def build(world: World, case: Case, batch_size: int, alone: bool = False) -> Lea
     """This rank's learner; collective. ``alone``: every rank builds a single process of its own."""
     frames = FRAMES[case.family]
     options = {"width": 0.25, "fc": 64} if case.family == "impala" else {"fc": 64}
-    network = make_network(case.family, frames, ACTIONS, head=case.head, seed=3, **options)
+    if case.family == "tiny":
+        network = tiny_network(frames)
+    else:
+        network = make_network(case.family, frames, ACTIONS, head=case.head, seed=3, **options)
     network = network.to(world.device, getattr(torch, case.dtype))
     set_memory_format(network, case.memory_format)
     costs = [1.0 + sum(p.numel() for p in layer.parameters()) ** 0.5 for layer in network]
-    partition = Partition(boundaries=balance_costs(costs, case.pipeline))
-    parallelism = Parallelism(data=case.data, pipeline=case.pipeline, num_microbatches=case.m, schedule=case.schedule)
+    trained = [any(True for _ in layer.parameters()) for layer in network]
+    stages = case.pipeline * case.virtual
+    partition = Partition(boundaries=balance_costs(costs, stages, required=trained))
+    parallelism = Parallelism(
+        data=case.data, pipeline=case.pipeline, num_microbatches=case.m, schedule=case.schedule, virtual=case.virtual
+    )
     agent = make_agent(case.agent)
     if alone:
         plans = [Plan(partition=partition, parallelism=parallelism, placement=((r,),)) for r in range(world.size)]
     else:
-        plans = [_plan(partition, parallelism, case.placement)]
+        plans = [_plan(partition, parallelism, case)]
     mesh = next((mesh for mesh in [Mesh(world, plan, agent.letters) for plan in plans] if mesh.member), None)
     if mesh is None:
         return None
     config = LearnerConfig(
         optimizer=case.optimizer,
         learning_rate=1e-2 if case.optimizer == "adam" else 1e-1,
-        target_period=3,
+        target_period=case.target_period,
+        target_tau=case.target_tau,
         max_grad_norm=0.05,
+        lookahead=case.lookahead,
+        accumulation=case.accumulation,
     )
     return Learner(network, mesh=mesh, agent=agent, batch_size=batch_size, observation_shape=frames, config=config)
 
 
-def _plan(partition: Partition, parallelism: Parallelism, placement: str) -> Plan:
-    if placement == "interleaved":
-        ranks = tuple((stage % 2,) for stage in range(parallelism.pipeline))
-        return Plan(partition=partition, parallelism=parallelism, placement=ranks)
-    return (Plan.stacked if placement == "stacked" else Plan.rectangular)(partition, parallelism)
+def _plan(partition: Partition, parallelism: Parallelism, case: Case) -> Plan:
+    stages = parallelism.num_stages
+    recompute = (case.recompute,) * stages
+    if case.recompute == "mixed":
+        recompute = tuple(RECOMPUTATION[stage % 3] for stage in range(stages))
+    if case.placement == "interleaved":
+        ranks = tuple((stage % 2,) for stage in range(stages))
+        return Plan(partition=partition, parallelism=parallelism, placement=ranks, recompute=recompute)
+    if case.placement == "stacked":
+        return Plan.stacked(partition, parallelism, recompute=recompute)
+    lanes = lane_of_stages(case.schedule, case.pipeline, case.virtual)
+    return Plan.rectangular(partition, parallelism, lanes=lanes, recompute=recompute)
+
+
+def tiny_network(frames: tuple[int, int, int]) -> nn.Sequential:
+    """Twelve layers with parameters, for the pipelines of eight stages: normalised, strided, with views between."""
+
+    class Frames(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.convolution = nn.Conv2d(channels, 6, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.convolution(x.to(self.convolution.weight.dtype) / 255)
+
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.convolution = nn.GroupNorm(2, 6), nn.Conv2d(6, 6, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.convolution(torch.relu(self.norm(x)))
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return nn.Sequential(
+            Frames(frames[0]),
+            nn.ReLU(),
+            *(Residual() for _ in range(6)),
+            nn.Conv2d(6, 4, 3, stride=2, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Flatten(),
+            nn.Linear(4 * 36, 16),
+            nn.ReLU(),
+            nn.Linear(16, 16),
+            nn.Tanh(),
+            nn.Linear(16, 12),
+            nn.ReLU(),
+            nn.Linear(12, ACTIONS),
+        )
 
 
 def owned_shards(case: Case, replica: int) -> range:
@@ -158,22 +244,28 @@ def owned_shards(case: Case, replica: int) -> range:
     return range(replica * share, (replica + 1) * share)
 
 
-def run_case(world: World, case: Case, *, updates: int = UPDATES, batch_size: int = 16, alone: bool = False) -> Trace:
+def run_case(world: World, case: Case, *, updates: int = UPDATES, alone: bool = False) -> Trace:
     """Train ``updates`` updates of ``case``; collective over the world."""
-    learner = build(world, case, batch_size, alone)
+    learner = build(world, case, case.batch_size, alone)
     trace = Trace()
     if learner is None:
         return trace
     trace.replica = learner.mesh.replica
     shards = filled_shards(case)
     start = {name: p.detach().clone() for name, p in learner.named_parameters()}
+
+    def sample(update: int) -> Batch | None:
+        if not learner.owns_shards:
+            return None
+        batch = shards.sample(case.batch_size, update, owned_shards(case, trace.replica))
+        # Uniform replay gives equal weights; unequal ones must travel, too.
+        return replace(batch, weight=0.25 + (batch.index % 5) / 4)
+
+    batch = sample(0)
     for update in range(updates):
-        batch = None
-        if learner.owns_shards:
-            batch = shards.sample(batch_size, update, owned_shards(case, trace.replica))
-            # Uniform replay gives equal weights; unequal ones must travel, too.
-            batch = replace(batch, weight=0.25 + (batch.index % 5) / 4)
-        step = learner.learn(batch)
+        upcoming = sample(update + 1)
+        step = learner.learn(batch, upcoming if case.lookahead else None)
+        batch = upcoming
         trace.gradients.append({n: p.grad.clone() for n, p in learner.named_parameters() if p.grad is not None})
         if step.td_errors is not None:
             trace.td_errors.append(step.td_errors.clone())
@@ -183,9 +275,9 @@ def run_case(world: World, case: Case, *, updates: int = UPDATES, batch_size: in
     return trace
 
 
-def run_reference(world: World, case: Case, *, updates: int = UPDATES, batch_size: int = 16) -> Trace:
+def run_reference(world: World, case: Case, *, updates: int = UPDATES) -> Trace:
     """The single process of ``case``, on every rank by itself; collective."""
-    return run_case(world, case.reference(), updates=updates, batch_size=batch_size, alone=True)
+    return run_case(world, case.reference(), updates=updates, alone=True)
 
 
 def errors(world: World, case: Case, trace: Trace, reference: Trace) -> dict[str, float]:

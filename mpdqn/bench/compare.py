@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mpdqn.bench.arrangement import NothingFits
 from mpdqn.bench.comparison import compare_table
 from mpdqn.bench.config import CompareConfig, check
 from mpdqn.bench.report import read_run, write_report
 from mpdqn.bench.tables import Table
-from mpdqn.bench.trial import run_trials
+from mpdqn.bench.trial import run_or_refuse, run_trials
 from mpdqn.bench.verdict import verdict
 from mpdqn.launch import launch
 from mpdqn.mesh import launched, launched_rank
@@ -51,7 +52,8 @@ def compare(
         settings: other fields of `CompareConfig`.
 
     Raises:
-        ValueError: for bad input, before any work.
+        ValueError: for bad input, before any work; or for a layout that does not fit into memory, once the layers are
+            measured.
         mpdqn.launch.WorkerError: if a worker fails, with its own error first.
     """
     config = replace(config or CompareConfig(), **settings)
@@ -63,7 +65,10 @@ def compare(
     if launched():
         folder, records = run_trials(job)
     else:
-        folder, records = launch(run_trials, job, num_workers=job.num_ranks, port=config.port)[0]
+        outcome = launch(run_or_refuse, job, num_workers=job.num_ranks, port=config.port)[0]
+        if isinstance(outcome, NothingFits):
+            raise outcome
+        folder, records = outcome
     if launched_rank() == 0:
         write_report(folder, records)
     return _comparison(folder, records)

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from mpdqn.bench.rows import Row, best_single, ratios, rows_of
 from mpdqn.bench.tables import NOTHING, Table, decimals, spread, summarize
+from mpdqn.learner import LearnerConfig
 from mpdqn.records import Record
 
 OVERSUBSCRIBED, STACKED, INDEPENDENT = "†", "‡", "§"
@@ -27,7 +28,7 @@ def compare_table(records: Iterable[Record]) -> Table:
         title=f"Layouts compared: {heading(rows)}",
         columns=(
             *("layout", "schedule", "m", "ranks × threads", "transitions/s", "frames/s", "× best single"),
-            *("bubble", "formula", "sent MiB", "peak MiB", "grad. error"),
+            *("bubble", "simulated", "sent MiB", "peak MiB", "grad. error"),
         ),
         rows=tuple(_cells(row, reference) for row in rows),
         notes=_notes(rows),
@@ -84,7 +85,7 @@ def _cells(row: Row, reference: Mapping[int, float]) -> tuple[str, ...]:
         spread(speed, decimals(speed.median)),
         f"{frames:.{decimals(frames)}f}",
         spread(summarize(pace), 2) if pace else NOTHING,
-        *(_percent(row.known(key)) if pipelined else NOTHING for key in ("bubble_measured", "bubble_formula")),
+        *(_percent(row.known(key)) if pipelined else NOTHING for key in ("bubble_measured", "bubble_simulated")),
         _mib(row, "bytes_sent"),
         _mib(row, "peak_memory_bytes"),
         _error(row.known("gradient_error")),
@@ -95,7 +96,9 @@ def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
     records = [record for row in rows for record in row.rounds.values()]
     environments = [record.environment for record in records]
     cuts = {
-        f"cut {row.setting('boundaries')} for p = {row.count('pipeline')}" for row in rows if row.count("pipeline") > 1
+        f"cut {row.setting('boundaries')} for p·v = {row.count('pipeline') * row.count('virtual')}"
+        for row in rows
+        if row.count("pipeline") > 1
     }
     versions = dict.fromkeys(f"{name} {version}" for e in environments for name, version in e.versions.items())
     lengths = [len(row.rounds) for row in rows]
@@ -106,18 +109,31 @@ def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
         "over the fastest single process of the same round" if best_single(rows) else "no single process was measured"
     )
     return (
-        f"{heading(rows)} ({_each(rows, 'backend')}, {_each(rows, 'memory_format')}), agent {_each(rows, 'agent')}; "
+        f"{heading(rows)} ({_each(rows, 'backend')}, {_each(rows, 'memory_format')}), agent {_each(rows, 'agent')}, "
+        f"lookahead {_each(rows, 'lookahead')}, recompute {_each(rows, 'recompute')}; "
         + (", ".join(sorted(cuts)) or "not cut into stages"),
         f"{hardware(rows)}; {', '.join(versions)}; commit {_joined(e.commit for e in environments) or 'unknown'}; "
         f"command: {_joined(e.command for e in environments)}",
         f"seed {_joined(str(record.seed) for record in records)}; {rounds} interleaved rounds × {_each(rows, 'steps')} "
         "steps; transitions/s of the slowest rank, median [min–max] over the rounds; frames/s: environment frames "
         f"learned from, {_each(rows, 'frames_per_transition')} per transition; × best single: {single}",
-        "bubble: share of the pipeline's time in which a rank waits, mean over its ranks; formula: the same for equal "
-        "stages and free messages; sent per step and peak memory of rank 0 / rank 1, or of all (lowest–highest)",
+        "bubble: share of a step, exchange and optimizer apart, in which a rank waits, mean over its ranks; simulated: "
+        "the same for equal stages and free messages; sent per step and peak memory of rank 0 / rank 1, or of all "
+        "(lowest–highest)",
+        *(_late_note(row) for row in rows if any(row.known("late_pass_s"))),
         "grad. error: ‖a − b‖₂ / ‖b‖₂ against the single process on the same batch"
         + (f"; the TD errors differ likewise by at most {_error(td_errors)}" if td_errors else ""),
         *(f"{mark} {text}" for mark, text in _LEGEND.items() if mark in used),
+    )
+
+
+def _late_note(row: Row) -> str:
+    """What a target refresh costs where passes run ahead."""
+    late, step = (statistics.median(row.known(key)) for key in ("late_pass_s", "step_s"))
+    period = LearnerConfig().target_period
+    return (
+        f"{row.name}: after a target refresh the passes that had to wait take {1e3 * late:.0f} ms, "
+        f"{late / (late + step * period):.1e} of the time at one refresh in {period} updates"
     )
 
 

@@ -12,13 +12,23 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from mpdqn.bench.arrangement import check_parameters
 from mpdqn.bench.layouts import Layout, default_layouts
 from mpdqn.dqn.agents import make_agent
 from mpdqn.environments import EnvironmentSpec, environment_spec
 from mpdqn.launch import check_port
-from mpdqn.mesh import check_device, check_world_size, launched, launched_local_world_size, launched_world_size
+from mpdqn.mesh import (
+    check_device,
+    check_world_size,
+    launched,
+    launched_local_world_size,
+    launched_rank,
+    launched_world_size,
+)
 from mpdqn.networks import NetworkFunction, load_network
+from mpdqn.plan import RECOMPUTATION
 from mpdqn.records import Environment
+from mpdqn.schedule import SCHEDULES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +51,14 @@ class CompareConfig:
     """m of the pipelines, and of the second row of the single process."""
     layouts: tuple[str, ...] = ()
     """Rows to measure, like single@1 dp2 pp2-1f1b/m8 dp2xpp2-gpipe (docs/layouts.md); default: the main job's."""
+    lookahead: Literal[0, 1] = 1
+    """How many updates early a batch is sampled, in every row; with 1 td1f1b and tdzb fill their gaps."""
+    recompute: Literal["none", "boundaries", "all", "auto"] = "none"
+    """What every stage computes again in its backward to save memory; auto: as much as it takes to fit."""
+    memory_limit: float = 0.0
+    """GiB that --recompute auto lets a rank use; 0 takes its share of what this machine has."""
+    trace: bool = False
+    """Write what each rank did in the last two updates of each row: traces/*.json (Perfetto), .svg and .png."""
     steps: int = 2
     """Updates timed in each round of a layout, after one to warm up."""
     rounds: int = 3
@@ -114,6 +132,16 @@ def check(config: CompareConfig, network: str | NetworkFunction | None = None, l
     for name in ("steps", "rounds", "transitions", "num_microbatches", "envs_per_shard"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)} but must be at least 1")
+    if config.lookahead not in (0, 1):
+        raise ValueError(f"lookahead is {config.lookahead} but must be 0 or 1")
+    if config.recompute not in (*RECOMPUTATION, "auto"):
+        raise ValueError(f"unknown recompute {config.recompute!r}; choose {', '.join(RECOMPUTATION)} or auto")
+    if not config.memory_limit >= 0:
+        raise ValueError(f"memory_limit is {config.memory_limit} GiB but must be at least 0")
+    if config.memory_limit and config.recompute != "auto":
+        raise ValueError(
+            f"memory_limit {config.memory_limit} has no effect with recompute {config.recompute}; use --recompute auto"
+        )
     if not config.timeout > 0:
         raise ValueError(f"timeout is {config.timeout} s but must be above 0")
     if not 0 <= config.epsilon <= 1:
@@ -152,12 +180,22 @@ def check(config: CompareConfig, network: str | NetworkFunction | None = None, l
             )
         row.parallelism.check_batch(config.batch_size)
         row.parallelism.check_shards(config.num_shards, config.batch_size)
-        if row.pipeline > trained:
+        if row.parallelism.num_stages > trained:
             raise ValueError(
-                f"layout {row.name} wants p = {row.pipeline} stages but {job.network_name} has {len(chain)} layers in "
-                f"its nn.Sequential, {trained} of them with parameters to train, and every stage needs one; use at "
-                "most that many stages, or return a flat nn.Sequential of more layers"
+                f"layout {row.name} wants p·v = {row.parallelism.num_stages} stages but {job.network_name} has "
+                f"{len(chain)} layers in its nn.Sequential, {trained} of them with parameters to train, and every "
+                "stage needs one; use at most that many stages, or return a flat nn.Sequential of more layers"
             )
+        if config.memory_limit:  # a rank has at least its share of the parameters, however they are cut
+            held = sum(p.numel() * p.element_size() for p in chain.parameters())
+            check_parameters(row, held * row.copies * row.data / row.ranks, config.memory_limit * 2**30)
+    filled = [row.name for row in rows if SCHEDULES[row.schedule].filled]
+    if filled and not config.lookahead and launched_rank() == 0:
+        warnings.warn(
+            f"with --lookahead 0 no target pass can run ahead, so no gaps are filled in {', '.join(filled)}; set "
+            "--lookahead 1",
+            stacklevel=2,
+        )
     _check_writable(config.out)
     if world_size is None:
         check_port(config.port)

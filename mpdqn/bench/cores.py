@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import os
 from pathlib import Path
 
@@ -44,3 +45,11 @@ def peak_memory(device: torch.device) -> int:
     status = Path("/proc/self/status").read_text()
     line = next(line for line in status.splitlines() if line.startswith("VmHWM"))
     return int(line.split()[1]) * 1024
+
+
+def memory_per_rank(ranks: int, device: torch.device) -> float:
+    """Bytes that each of ``ranks`` processes of this host may use: an equal share of its GPU's memory or the host's."""
+    if device.type == "cuda":
+        on_one = math.ceil(ranks / torch.cuda.device_count())
+        return torch.cuda.get_device_properties(device).total_memory / on_one
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks

@@ -41,7 +41,7 @@ def cost_table(profile: Profile, cuts: Iterable[Partition], forward_passes: int 
             "parameters KiB",
             "activations MiB",
             "boundary MiB",
-            *(f"stage (p = {p})" for p in stages),
+            *(f"stage (of {count})" for count in stages),
         ),
         rows=tuple(rows),
         notes=(
@@ -56,6 +56,7 @@ def _cut_note(profile: Profile, cut: Partition, forward_passes: int) -> str:
     times = [sum(costs[k] for k in cut.layers_of(j)) for j in range(cut.num_stages)]
     after = ", ".join(profile.layers[end - 1].name for end in cut.boundaries[1:-1])
     return (
-        f"cut for p = {cut.num_stages} after {after}: {' + '.join(f'{t:.0f}' for t in times)} ms with {forward_passes} "
-        f"forward and one backward pass, {max(times) / (sum(times) or 1):.2f} of it in the slowest stage"
+        f"cut into {cut.num_stages} stages after {after}: {' + '.join(f'{t:.0f}' for t in times)} ms with "
+        f"{forward_passes} forward and one backward pass, {max(times) / (sum(times) or 1):.2f} of it in the slowest "
+        "stage"
     )

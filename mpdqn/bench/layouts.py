@@ -3,6 +3,7 @@
 single@1          one process with one thread             dp2              d = 2 replicas
 single@all/m8     all cores, 8 micro-batches              pp2-1f1b/m8      p = 2 stages, schedule 1f1b, m = 8
 dp2xpp2-gpipe/m8  d = 2 × p = 2                           pp2-1f1b+stacked both stages in one process
+pp2-zbv           the schedule's usual v = 2 stages a rank  pp2-looped_bfs+v3  v = 3 stages a rank
 2*single@1/m8     two independent processes, a yardstick for p = 2 or d = 2 without any messages
 """
 
@@ -13,17 +14,18 @@ from dataclasses import dataclass, replace
 from typing import Self
 
 from mpdqn.plan import Parallelism, Partition, Plan
-from mpdqn.schedule.tables import SCHEDULES, action_table
+from mpdqn.schedule import SCHEDULES, check_virtual, lane_of_stages
+from mpdqn.schedule.schedules import find_schedule
 
 _FORM = re.compile(
     r"(?:(?P<copies>\d+)\*)?(?:single|dp(?P<data>\d+)(?:xpp(?P<both>\d+))?|pp(?P<pipeline>\d+))"
-    r"(?:-(?P<schedule>[a-z0-9_]+))?(?P<options>(?:\+stacked|/m\d+|@\d+|@all)*)"
+    r"(?:-(?P<schedule>[a-z0-9_]+))?(?P<options>(?:\+stacked|\+v\d+|/m\d+|@\d+|@all)*)"
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """d × p, m and the schedule, with the threads of each rank.
+    """d × p, m and the schedule, with the threads of each rank; ``virtual`` is v, the stages of a rank.
 
     ``share`` is an equal share of the cores, which a rank has unless its ``threads`` say otherwise.
     ``copies`` > 1 are independent processes side by side that never talk; ``stacked`` runs a replica's stages in one
@@ -34,6 +36,7 @@ class Layout:
     pipeline: int = 1
     num_microbatches: int = 1
     schedule: str = "gpipe"
+    virtual: int = 1
     threads: int = 1
     share: int = 1
     copies: int = 1
@@ -56,20 +59,23 @@ class Layout:
             raise ValueError(
                 f"{text!r} is no layout; write single@1, dp2, pp2-1f1b/m8 or dp2xpp2-gpipe/m8 (docs/layouts.md)"
             )
-        options = re.findall(r"(\+stacked|/m|@)(\d+|all)?", match["options"])
+        options = re.findall(r"(\+stacked|\+v|/m|@)(\d+|all)?", match["options"])
         given = dict(options)
         if len(given) < len(options):
             raise ValueError(f"{text!r} gives an option twice; give each once")
         pipeline = match["pipeline"] or match["both"]
+        schedule = match["schedule"] or next(iter(SCHEDULES))
+        usual = find_schedule(schedule).virtual  # an unknown schedule is an error here, before any work
         layout = cls(
             data=int(match["data"] or 1),
             pipeline=int(pipeline or 1),
             num_microbatches=int(given.get("/m") or (num_microbatches if pipeline else 1)),
-            schedule=match["schedule"] or SCHEDULES[0],
+            schedule=schedule,
+            virtual=int(given.get("+v", usual)),
             copies=int(match["copies"] or 1),
             stacked="+stacked" in given,
         )
-        action_table(layout.schedule, 1, 1)  # an unknown schedule is an error here, before any work
+        check_virtual(schedule, layout.virtual)
         if min(layout.copies, layout.data, layout.pipeline, layout.num_microbatches) < 1:
             raise ValueError(f"{text!r} has a count of 0; every count must be at least 1")
         if layout.copies > 1 and layout.data * layout.pipeline > 1:
@@ -97,6 +103,7 @@ class Layout:
         parts = [f"dp{self.data}"] * (self.data > 1) + [f"pp{self.pipeline}"] * (self.pipeline > 1)
         name = f"{self.copies}*" * (self.copies > 1) + ("x".join(parts) or "single")
         name += f"-{self.schedule}" * (self.pipeline > 1) + "+stacked" * self.stacked
+        name += f"+v{self.virtual}" * (self.virtual != find_schedule(self.schedule).virtual)
         name += f"@{self.threads}" * (not parts or self.threads != self.share)
         return name + f"/m{self.num_microbatches}" * (self.num_microbatches > 1 or self.pipeline > 1)
 
@@ -108,17 +115,20 @@ class Layout:
             pipeline=self.pipeline,
             num_microbatches=self.num_microbatches,
             schedule=self.schedule,
+            virtual=self.virtual,
         )
 
-    def plans(self, partition: Partition) -> list[Plan]:
+    def plans(self, partition: Partition, recompute: tuple[str, ...] = ()) -> list[Plan]:
         """The plan of each copy; one plan unless these are independent processes."""
         if self.copies > 1:
             return [
-                Plan(partition=partition, parallelism=self.parallelism, placement=((rank,),))
+                Plan(partition=partition, parallelism=self.parallelism, placement=((rank,),), recompute=recompute)
                 for rank in range(self.copies)
             ]
-        build = Plan.stacked if self.stacked else Plan.rectangular
-        return [build(partition, self.parallelism)]
+        if self.stacked:
+            return [Plan.stacked(partition, self.parallelism, recompute=recompute)]
+        lanes = lane_of_stages(self.schedule, self.pipeline, self.virtual)
+        return [Plan.rectangular(partition, self.parallelism, lanes=lanes, recompute=recompute)]
 
     def oversubscribed(self, cores: int, devices: int, local_world_size: int | None = None) -> bool:
         """Whether its ranks on one host want more cores than that has, or more GPUs where GPUs are used.
@@ -153,7 +163,7 @@ def default_layouts(
         both = max(d for d in replicas if d <= max(2, n // 2))
         alone, paired = ("+stacked" if 0 < devices < ranks else "" for ranks in (n, 2 * both))
         texts += [f"dp{replicas[-1]}", f"pp{n}-gpipe{alone}{m}", f"pp{n}-1f1b{alone}{m}"]
-        texts += [f"dp{both}xpp2-1f1b{paired}{m}"]
+        texts += [f"pp{n}-td1f1b{alone}{m}", f"dp{both}xpp2-1f1b{paired}{m}"]
     layouts = [Layout.parse(text, num_microbatches=num_microbatches, cores=cores) for text in texts]
     limit = world_size if world_size is not None else max(layout.ranks for layout in layouts)
     return list(dict.fromkeys(layout for layout in layouts if layout.ranks <= limit))

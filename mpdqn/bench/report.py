@@ -1,4 +1,7 @@
-"""What a comparison leaves in its folder: records.jsonl ─▶ table.md, table.tex, throughput.svg, throughput.png."""
+"""What a comparison leaves in its folder.
+
+records.jsonl ─▶ table.md, table.tex, throughput.svg, throughput.png          traces/*.json ─▶ traces/*.svg, *.png
+"""
 
 from __future__ import annotations
 
@@ -6,11 +9,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from mpdqn.bench.comparison import compare_table
+from mpdqn.bench.comparison import compare_table, heading
+from mpdqn.bench.gantt import gantt
 from mpdqn.bench.plots import save, throughput_figure
+from mpdqn.bench.rows import rows_of
 from mpdqn.bench.tables import Table
+from mpdqn.bench.trace import read_trace
 from mpdqn.bench.verdict import verdict
-from mpdqn.records import RECORDS, Record, read_records
+from mpdqn.records import RECORDS, TRACES, Record, read_records
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,13 +35,19 @@ def write_report(folder: Path, records: Iterable[Record]) -> Report:
     """Write table and figure of ``records`` into ``folder``, over those of an earlier call; same records, same bytes.
 
     Raises:
-        ValueError: if there are no records of a comparison, or one lacks a value.
+        ValueError: if there are no records of a comparison, one lacks a value, or a trace cannot be read.
     """
     records = tuple(records)
     report = Report(table=compare_table(records), verdict=verdict(records))
     (folder / "table.md").write_text(report.markdown(), encoding="utf-8")
     (folder / "table.tex").write_text(report.table.latex(), encoding="utf-8")
     save(throughput_figure(records), folder / "throughput")
+    for path in sorted((folder / TRACES).glob("*.json")):
+        try:
+            timelines = read_trace(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; remove it or run again with --trace") from None
+        gantt(timelines, path.with_suffix(""), f"{path.stem}, {heading(rows_of(records))}")
     return report
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import re
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
@@ -24,22 +25,28 @@ from tqdm import tqdm
 
 from mpdqn.actors import collect
 from mpdqn.allocator import keep_freed_memory
+from mpdqn.bench.arrangement import Arrangement, NothingFits
 from mpdqn.bench.config import Job
-from mpdqn.bench.cores import peak_memory, pin, reset_peak_memory
+from mpdqn.bench.cores import memory_per_rank, peak_memory, pin, reset_peak_memory
 from mpdqn.bench.costs import cost_table
 from mpdqn.bench.layouts import Layout
 from mpdqn.bench.measure import RankMeasurement, combine
+from mpdqn.bench.trace import chrome_trace
 from mpdqn.dqn.agents import make_agent
+from mpdqn.dqn.batch import Batch
 from mpdqn.environments import FRAMES_PER_ACTION
-from mpdqn.learner import Learner, LearnerConfig, LearnStep, gather_by_name
+from mpdqn.learner import LATE, Learner, LearnerConfig, LearnStep, gather_by_name
 from mpdqn.mesh import Mesh, World, launched_local_world_size
 from mpdqn.networks import MemoryFormat, choose_memory_format, set_memory_format
-from mpdqn.partition import balance, profile
-from mpdqn.plan import Partition, Profile
-from mpdqn.records import RECORDS, Record, Value, append_records, read_records
+from mpdqn.partition import profile
+from mpdqn.plan import Profile
+from mpdqn.records import RECORDS, TRACES, Record, Value, append_records, read_records
 from mpdqn.replay import VirtualShards
+from mpdqn.timeline import Timeline
 
 PROFILE_REPEATS = 9
+
+PROBE = LearnerConfig(max_grad_norm=float("inf"), learning_rate=1e-12)
 
 
 def run_trials(job: Job) -> tuple[Path, tuple[Record, ...]]:
@@ -49,12 +56,25 @@ def run_trials(job: Job) -> tuple[Path, tuple[Record, ...]]:
 
     Returns:
         the folder and all records, on every rank.
+
+    Raises:
+        NothingFits: on every rank, if a layout does not fit into memory; there is no folder then.
     """
     keep_freed_memory()
     with World.open(job.config.device, job.config.timeout) as world:
+        trials = Trials(world, job)
+        trials.prepare()
         folder = world.from_first(_new_folder(job) if world.rank == 0 else Path())
-        Trials(world, job).run(folder)
+        trials.run(folder)
         return folder, world.from_first(tuple(read_records(folder / RECORDS)) if world.rank == 0 else ())
+
+
+def run_or_refuse(job: Job) -> tuple[Path, tuple[Record, ...]] | NothingFits:
+    """`run_trials` for a pool of workers, from where bad input comes back as such and not as the worker's failure."""
+    try:
+        return run_trials(job)
+    except NothingFits as error:
+        return error.with_traceback(None)
 
 
 def _new_folder(job: Job) -> Path:
@@ -78,14 +98,19 @@ class Trials:
         self._forward_passes = 1 + len(self._agent.passes)
         self._first = world.rank == 0
         self._num_cores = len(job.cores)
+        self._announced: dict[tuple[Layout, int], Batch] = {}
 
-    def run(self, folder: Path) -> None:
-        """Prepare, then measure every layout in every round; rank 0 writes to ``folder``."""
+    def prepare(self) -> None:
+        """Collect transitions, measure the layers and arrange every layout."""
         self._shards = self._collect()
         self._profile = self._measure_layers()
-        self._cuts = {layout.pipeline: self._cut(layout.pipeline) for layout in self._job.layouts}
+        self._arranged = {layout: self._arrange(layout) for layout in self._job.layouts}
+
+    def run(self, folder: Path) -> None:
+        """Measure every layout in every round, once prepared; rank 0 writes to ``folder``."""
         if self._first:
-            table = cost_table(self._profile, self._cuts.values(), self._forward_passes)
+            cuts = [arranged.plans[0].partition for arranged in self._arranged.values()]
+            table = cost_table(self._profile, cuts, self._forward_passes)
             print(table.markdown(), flush=True)
             about = {
                 "environment": asdict(self._job.environment),
@@ -102,7 +127,7 @@ class Trials:
                 errors[layout] = self._check(layout, reference)
             ranks = self._trial(layout)
             if self._first:
-                values = combine(layout, ranks, self._config.batch_size, self._profile, len(self._agent.passes))
+                values = combine(self._arranged[layout], ranks, self._config.batch_size)
                 record = Record(
                     experiment="compare",
                     row=layout.name,
@@ -113,6 +138,8 @@ class Trials:
                     environment=self._job.environment,
                 )
                 append_records(folder / RECORDS, [record])
+            if self._config.trace and r == self._config.rounds - 1:
+                self._trace(layout, folder)
 
     def _collect(self) -> VirtualShards:
         """Real transitions in every shard: rank 0 plays, the others get whole shards."""
@@ -168,8 +195,22 @@ class Trials:
         self._world.barrier()
         return Profile.from_json(self._world.from_first(text))
 
-    def _cut(self, num_stages: int) -> Partition:
-        return balance(self._profile, num_stages, forward_passes=self._forward_passes)
+    def _memory_limit(self, layout: Layout) -> float:
+        """Bytes that a rank of ``layout`` may use."""
+        here = min(layout.ranks, launched_local_world_size())
+        return self._config.memory_limit * 2**30 or self._world.from_first(memory_per_rank(here, self._world.device))
+
+    def _arrange(self, layout: Layout, memory_bytes: float | None = None) -> Arrangement:
+        config = self._config
+        return Arrangement.of(
+            layout,
+            self._profile,
+            self._agent,
+            batch_size=config.batch_size,
+            lookahead=config.lookahead,
+            recompute=config.recompute,
+            memory_bytes=self._memory_limit(layout) if memory_bytes is None else memory_bytes,
+        )
 
     def _reference(self) -> tuple[dict[str, Tensor], Tensor] | None:
         """Gradients and TD errors of the single process on the first batch, on rank 0."""
@@ -182,14 +223,15 @@ class Trials:
         return gradients, td_errors.cpu()
 
     def _probe(self, learner: Learner, layout: Layout) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """TD errors and gradients of the second update, which has target values that ran ahead, if any do."""
         # TF32 rounds to 10 bits, differently for every shape: the layouts could not be told from wrong ones.
         with torch.backends.cudnn.flags(allow_tf32=False):
-            td_errors = self._learn(learner, layout, 0).td_errors
+            td_errors = [self._learn(learner, layout, update).td_errors for update in (0, 1)][-1]
         gradients = {name: p.grad for name, p in learner.named_parameters() if p.grad is not None}
         return td_errors, gather_by_name(learner, gradients)
 
     def _check(self, layout: Layout, reference: tuple[dict[str, Tensor], Tensor] | None) -> dict[str, Value]:
-        """On rank 0: how far the gradients and TD errors of one update are from those of the single process."""
+        """On rank 0: how far gradients and TD errors are from those of the single process on the same batches."""
         learner = self._build(layout, probe=True)
         td_errors: Tensor | None = None
         gradients: dict[str, Tensor] = {}
@@ -208,10 +250,12 @@ class Trials:
         """One turn of ``layout``: build, warm up, time, take down. On rank 0 what every rank measured."""
         reset_peak_memory(self._world.device)
         learner = self._build(layout)
+        late_s = 0.0
         if learner is not None:
-            self._learn(learner, layout, 0)
+            self._learn(learner, layout, 0)  # nothing was announced before it: its target passes run late
+            late_s = learner.timeline().busy(self._world.rank, LATE)
         self._world.barrier()
-        measured = self._time(learner, layout) if learner is not None else None
+        measured = replace(self._time(learner, layout), late_pass_s=late_s) if learner is not None else None
         return [rank for rank in self._world.to_first(measured) if rank is not None]
 
     def _time(self, learner: Learner, layout: Layout) -> RankMeasurement:
@@ -225,14 +269,37 @@ class Trials:
         seconds = time.perf_counter() - begin
         return RankMeasurement.of(self._world.rank, timelines, seconds, sent, peak_memory(self._world.device))
 
+    def _trace(self, layout: Layout, folder: Path) -> None:
+        """Two more updates of ``layout``, on rank 0 written with what the simulator expected of them."""
+        learner = self._build(layout)
+        measured: list[Timeline] = []
+        if learner is not None:
+            for update in range(3):
+                self._learn(learner, layout, update)
+                measured.append(learner.timeline().moved(learner.stopwatch.origin, update))
+        parts = [timeline for rank in self._world.to_first(measured) for timeline in rank[1:]]
+        if self._first:
+            whole = Timeline.joined(parts)
+            update_s = whole.busy(0, "optimizer") / 2
+            (folder / TRACES).mkdir(exist_ok=True)
+            name = re.sub(r"[^\w.+-]+", "_", layout.name)
+            simulated = self._arranged[layout].simulated(2, update_s)
+            (folder / TRACES / f"{name}.json").write_text(chrome_trace({"measured": whole, "simulated": simulated}))
+
     def _learn(self, learner: Learner, layout: Layout, update: int) -> LearnStep:
         """One update on this replica's part of batch ``update``; its TD errors go back to the shards."""
         if not learner.owns_shards:
             return learner.learn(None)
         share = self._config.num_shards // layout.data
         owned = range(learner.mesh.replica * share, (learner.mesh.replica + 1) * share)
-        batch = self._shards.sample(self._config.batch_size, update, owned)
-        step = learner.learn(batch)
+        batch = self._announced.pop((layout, update), None)
+        if batch is None:
+            batch = self._shards.sample(self._config.batch_size, update, owned)
+        upcoming = None
+        if self._config.lookahead:
+            upcoming = self._shards.sample(self._config.batch_size, update + 1, owned)
+            self._announced = {(layout, update + 1): upcoming}
+        step = learner.learn(batch, upcoming)
         assert step.td_errors is not None
         self._shards.return_td_errors(batch.index, step.td_errors.cpu(), owned)
         return step
@@ -241,10 +308,13 @@ class Trials:
         """This rank's learner in ``layout``, pinned to its share of the cores; None without a part.
 
         A ``probe`` is made to show differences: its target network has other weights than the online one, so that the
-        passes cannot stand in for one another, and its gradients are not clipped, so that their scale shows.
+        passes cannot stand in for one another; its gradients are not clipped, so that their scale shows; and its
+        weights hardly move, so that a second update shows rounding as the first does.
         """
-        cut = self._cuts[layout.pipeline] if layout.pipeline in self._cuts else self._cut(layout.pipeline)
-        meshes = [Mesh(self._world, plan, self._agent.letters) for plan in layout.plans(cut)]
+        # The reference need not be a row, and no limit is meant for it then.
+        arranged = self._arranged.get(layout) or self._arrange(layout, math.inf)
+        self._announced = {}
+        meshes = [Mesh(self._world, plan, self._agent.letters) for plan in arranged.plans]
         mesh = next((mesh for mesh in meshes if mesh.member), None)
         if mesh is None:
             return None
@@ -257,7 +327,8 @@ class Trials:
             agent=self._agent,
             batch_size=self._config.batch_size,
             observation_shape=self._job.spec.observation_shape,
-            config=LearnerConfig(max_grad_norm=float("inf")) if probe else LearnerConfig(),
+            config=replace(PROBE if probe else LearnerConfig(), lookahead=self._config.lookahead),
+            table=arranged.table,
         )
         if probe:
             weights = self._job.make_network(stream=1).state_dict()
@@ -267,6 +338,7 @@ class Trials:
 
     def _settings(self, layout: Layout) -> dict[str, Value]:
         config, devices = self._config, torch.cuda.device_count() if self._config.device == "cuda" else 0
+        plan = self._arranged[layout].plans[0]
         return {
             "layout": layout.name,
             "copies": layout.copies,
@@ -288,7 +360,10 @@ class Trials:
             "backend": dist.get_backend(),
             "memory_format": self._profile.memory_format,
             "tf32": config.device == "cuda" and torch.backends.cudnn.allow_tf32,
-            "boundaries": "-".join(map(str, self._cuts[layout.pipeline].boundaries)),
+            "boundaries": "-".join(map(str, plan.partition.boundaries)),
+            "virtual": layout.virtual,
+            "lookahead": config.lookahead,
+            "recompute": "-".join(plan.recompute if len(set(plan.recompute)) > 1 else plan.recompute[:1]),
             "steps": config.steps,
             "frames_per_transition": FRAMES_PER_ACTION,
         }

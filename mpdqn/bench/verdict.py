@@ -37,8 +37,8 @@ class Loss:
     contention: mean over ranks of ``compute_s``, minus f times that of T(µ): the same passes take longer beside other
         ranks, which share memory bandwidth, caches and clock. Where T(µ) had larger micro-batches, their size too.
     imbalance: max − mean over ranks of ``compute_s``: the others wait for the slowest stage or replica.
-    bubble: waiting in the pipeline beyond imbalance, up to what the formula explains; ``bubble_measured`` and
-        ``bubble_formula`` are shares b of the pipeline's time, so that waiting is b / (1 − b) of ``compute_s``.
+    bubble: waiting in the pipeline beyond imbalance, up to what simulation explains; ``bubble_measured`` and
+        ``bubble_simulated`` are shares b of the pipeline's time, so that waiting is b / (1 − b) of ``compute_s``.
     messages: the rest of waiting, and ``exchange_s`` beyond the single process's: latency and bandwidth.
     optimizer: mean of ``optimizer_s``, minus f times the single process's: replicas repeat each other's update.
     other: what is left of the step.
@@ -173,7 +173,7 @@ def _parts(row: Row, whole: Row, cut: Row | None, scale: float, r: int) -> dict[
     step, ideal = row.number(r, "step_s"), scale * whole.number(r, "step_s")
     compute, exchange, optimizer = (row.per_rank(r, key) for key in ("compute_s", "exchange_s", "optimizer_s"))
     imbalance = max(compute) - statistics.mean(compute)
-    waiting, ramps = (_waiting(row.value(r, k), compute) for k in ("bubble_measured", "bubble_formula"))
+    waiting, ramps = (_waiting(row.value(r, k), compute) for k in ("bubble_measured", "bubble_simulated"))
     bubble = min(max(0.0, waiting - imbalance), ramps)
     alone = cut or whole
     sending = statistics.mean(exchange) - scale * alone.per_rank(r, "exchange_s")[0]

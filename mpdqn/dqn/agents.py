@@ -57,6 +57,11 @@ class Agent:
         """The letters of the no-gradient passes, in their order."""
         return "".join(p.letter for p in self.passes)
 
+    @property
+    def frozen_letters(self) -> str:
+        """The letters of the passes through the target network, which between two refreshes may run early."""
+        return "".join(p.letter for p in self.passes if p.network == "target")
+
     def loss(
         self, q: Tensor, values: Mapping[str, Tensor], labels: Labels, global_batch_size: int
     ) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""`Pipeline`: runs an action table over torch's pipeline stages.
+"""`Pipeline`: runs action tables over torch's pipeline stages.
 
 Each kind of pass (F/B online on obs, T target on next_obs, D online on next_obs) has stage objects of its own and a
 process group of its own. At the start of a step a rank posts every receive that it will need, in the order of the
@@ -15,147 +15,284 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from mpdqn.mesh import Mesh, Message
+from mpdqn.pipeline.recompute import Checkpointed, Owned
 from mpdqn.pipeline.stage import Stage
 from mpdqn.pipeline.stopwatch import Stopwatch
-from mpdqn.schedule.actions import BACKWARD, FORWARD, Action
-from mpdqn.schedule.tables import Table, rank_order
+from mpdqn.schedule.actions import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    GRADIENTS_OF_INPUT,
+    GRADIENTS_OF_WEIGHTS,
+    RECOMPUTE,
+    TRAINING,
+    Action,
+)
+from mpdqn.schedule.tables import ActionTable
 
 Loss = Callable[[int, Tensor, Mapping[str, Tensor]], Tensor]
 """(micro-batch, q [b, A], value [b, A] of each no-gradient pass) -> scalar loss; called on the last stage's rank."""
 
+Values = dict[str, dict[int, Tensor]]
+"""What no-gradient passes gave: by letter and micro-batch, [b, A] each; empty but on the last stage's rank."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """What one rank does in a step of ``table``.
+
+    ``arrivals`` are its actions that wait for a message, by sender and kind of message, in the order of the sending.
+    ``rerun`` are the forwards that keep no graph; ``completes`` names, for the last action that adds to a stage's
+    gradients, the stage.
+    """
+
+    table: ActionTable
+    order: tuple[Action, ...]
+    arrivals: Mapping[tuple[int, str], tuple[Action, ...]]
+    rerun: frozenset[Action]
+    completes: Mapping[Action, int]
+
+    @cached_property
+    def route_of(self) -> Mapping[Action, tuple[int, str]]:
+        """The sender and the kind of the message that each action of ``arrivals`` waits for."""
+        return {action: route for route, actions in self.arrivals.items() for action in actions}
+
+    @cached_property
+    def results_go_to(self) -> Mapping[Action, Action | None]:
+        """`ActionTable.result_goes_to` of each action of this rank."""
+        return {action: self.table.result_goes_to(action) for action in self.order}
+
 
 class Pipeline:
-    """The stages of one rank and the order in which it runs them."""
+    """The stages of one rank, and what it takes to run a table over them."""
 
     def __init__(
-        self, mesh: Mesh, stages: Sequence[Stage], table: Table, passes: Mapping[str, str], num_microbatches: int
+        self,
+        mesh: Mesh,
+        stages: Sequence[Stage],
+        table: ActionTable,
+        passes: Mapping[str, str],
+        recompute: Sequence[str] = (),
     ) -> None:
         """A pipeline over ``stages`` of this rank.
 
         Args:
             mesh: who the other stages' ranks are.
             stages: this rank's stages.
-            table: the actions of every stage of one step.
+            table: a step with all kinds of actions that will be run.
             passes: for each no-gradient pass, by letter, the network that it runs: ``online`` or ``target``.
-            num_microbatches: m.
+            recompute: for every stage one of `mpdqn.plan.RECOMPUTATION`.
         """
-        self._mesh, self._m = mesh, num_microbatches
-        owners = mesh.plan.replica(mesh.replica)
-        letters = "".join(passes)
-        self.order = rank_order(table, owners, mesh.rank, letters)
-        self._arrivals = _arrivals(table, owners, mesh.rank, letters)
+        self._mesh, self._m = mesh, table.num_microbatches
+        self._owners = mesh.plan.replica(mesh.replica)
         self._passes = passes
         self._runners: dict[tuple[str, int], _StaticStage] = {}
+        self._rows: dict[Action, Tensor] = {}
         for stage in stages:
-            self._runners[FORWARD, stage.index] = _static_stage(mesh, stage, stage.online, num_microbatches, True)
+            online: nn.Module = stage.online
+            if recompute and recompute[stage.index] == "boundaries":
+                online = Checkpointed(stage.online)
+            if Action(stage.index, BACKWARD_INPUT, 0) in table.actions:
+                online = Owned(online)
+            self._runners[FORWARD, stage.index] = _static_stage(mesh, stage, online, self._m, True)
             for letter, network in passes.items():
                 module = stage.online if network == "online" else stage.target
-                self._runners[letter, stage.index] = _static_stage(mesh, stage, module, num_microbatches, False)
+                self._runners[letter, stage.index] = _static_stage(mesh, stage, module, self._m, False)
 
-    def run(self, obs: Tensor | None, next_obs: Tensor | None, loss: Loss, stopwatch: Stopwatch) -> None:
-        """One step: every pass over every micro-batch; gradients are added to the parameters' ``.grad``.
+    def program(self, table: ActionTable) -> Program:
+        """This rank's part in ``table``, over the stages of this pipeline."""
+        rank, owners = self._mesh.rank, self._owners
+        order = table.rank_order(owners, rank)
+        arrivals: dict[tuple[int, str], list[Action]] = {}
+        for owner in dict.fromkeys(owners):
+            for action in table.rank_order(owners, owner) if owner != rank else ():
+                to = table.result_goes_to(action)
+                if to is not None and owners[to.stage] == rank:
+                    arrivals.setdefault((owner, _message_kind(action.kind)), []).append(to)
+        last = {a.stage: a for a in order if a.kind in GRADIENTS_OF_WEIGHTS}
+        return Program(
+            table=table,
+            order=order,
+            arrivals={route: tuple(actions) for route, actions in arrivals.items()},
+            rerun=frozenset(a for a in order if a.kind == FORWARD and a._replace(kind=RECOMPUTE) in table.actions),
+            completes={action: stage for stage, action in last.items()},
+        )
+
+    def run(
+        self,
+        program: Program,
+        frames: Mapping[str, Tensor],
+        loss: Loss,
+        stopwatch: Stopwatch,
+        *,
+        known: Values | None = None,
+        after: Callable[[Action], None] | None = None,
+    ) -> Values:
+        """One step: every action of ``program``; gradients are added to the parameters' ``.grad``.
 
         Args:
-            obs: [b, C, H, W] uint8, this replica's part of the batch, on the rank of the first stage; None elsewhere.
-            next_obs: likewise.
+            program: what to run, over the stages of this pipeline.
+            frames: [b, C, H, W] uint8, this replica's part of a batch, for each kind of pass: obs for F, next_obs for
+                the others; on the rank of the first stage, empty elsewhere.
             loss: see `Loss`.
             stopwatch: gets a span for each action, from the moment its inputs are there.
+            known: values of passes that ran in an earlier step, for the loss of this one.
+            after: is told each action as it ends.
+
+        Returns:
+            the values of the passes over the next batch.
+
+        Raises:
+            PeerLost: if a message does not come in time.
+            ValueError: if a stage returns another shape than it was built for.
         """
-        arriving = self._post_receives()
-        leaving: list[Message] = []
-        frames = {FORWARD: _chunks(obs, self._m)} | {letter: _chunks(next_obs, self._m) for letter in self._passes}
-        values: dict[tuple[str, int], Tensor] = {}
+        chunks = {kind: batch.chunk(self._m) for kind, batch in frames.items()}
+        values: Values = {letter: dict(by_microbatch) for letter, by_microbatch in (known or {}).items()}
+        ahead: Values = {letter: {} for letter in program.table.ahead}
         losses: dict[int, Tensor] = {}
-        for action in self.order:
-            for message in arriving.pop(action, ()) or self._post(action):
-                message.wait()
-            begin = stopwatch.now()
-            if action.kind == BACKWARD:
-                leaving += self._backward(action, losses.pop(action.microbatch, None))
-            else:
-                output = self._forward(action, frames[action.kind], leaving)
-                if action.stage == self._mesh.num_stages - 1:
-                    values[action.kind, action.microbatch] = output
-                    if action.kind == FORWARD:
-                        i = action.microbatch
-                        q = values.pop((FORWARD, i))
-                        losses[i] = loss(i, q, {letter: values.pop((letter, i)) for letter in self._passes})
-            stopwatch.mark(action.kind, begin, action.stage, action.microbatch)
+        leaving: list[Message] = []
+        pending = {route: iter(actions) for route, actions in program.arrivals.items()}
+        arriving: dict[Action, Message] = {}
+        # On a GPU a receive that waits in a stream may hold up the very work that its sender waits for: there each is
+        # posted when its action comes. On the CPU all are, now.
+        if self._mesh.device.type == "cpu":
+            for route, actions in pending.items():
+                arriving |= {action: self._post(action, route) for action in actions}
+        last_stage = self._mesh.num_stages - 1
+        for action in program.order:
+            stage, kind, i = action
+            try:
+                if action in program.route_of:
+                    while action not in arriving:
+                        due = next(pending[program.route_of[action]])
+                        arriving[due] = self._post(due, program.route_of[action])
+                    arriving.pop(action).wait()
+                begin = stopwatch.now()
+                if kind in GRADIENTS_OF_INPUT:
+                    self._backward(action, losses.pop(i, None), leaving)
+                elif kind == BACKWARD_WEIGHT:
+                    self._runners[FORWARD, stage].backward_weight_one_chunk(i)
+                else:
+                    q = self._forward(action, chunks.get(FORWARD if kind == RECOMPUTE else kind, ()), leaving, program)
+                    if stage < last_stage or action in program.rerun:
+                        pass
+                    elif kind in ahead:
+                        ahead[kind][i] = q
+                    elif kind not in TRAINING:
+                        values.setdefault(kind, {})[i] = q
+                    else:
+                        losses[i] = loss(i, q, {letter: values[letter].pop(i) for letter in self._passes})
+                stopwatch.mark(kind, begin, stage, i)
+                if after is not None:
+                    after(action)
+            except Exception as error:
+                cause = _first_cause(error)
+                cause.add_note(f"in {action} (stage, kind, micro-batch) of {program.table.schedule}")
+                raise cause from None
         for message in leaving:
             message.wait()
         for runner in self._runners.values():
             runner.clear_runtime_states()
+        return ahead
 
-    def _post_receives(self) -> dict[Action, list[Message]]:
-        """Every receive of this step, posted; by the action that waits for it.
+    def _post(self, action: Action, route: tuple[int, str]) -> Message:
+        """The receive that ``action`` waits for, posted."""
+        runner, i = self._runner(action), action.microbatch
+        return self._mesh.receive(_flat(runner.gradient_in(i) if route[1] == BACKWARD else runner.input_of(i)), *route)
 
-        On a GPU none is: a receive that waits in a stream may hold up the very work that its sender waits for, so there
-        each is posted when its action comes.
-        """
-        ahead = self._arrivals if self._mesh.device.type == "cpu" else ()
-        return {action: self._post(action) for action in ahead}
-
-    def _post(self, action: Action) -> list[Message]:
-        """The receives that ``action`` waits for, posted; none if its inputs come from this rank."""
-        stage, kind, i = action
-        source = stage + 1 if kind == BACKWARD else stage - 1
-        if not 0 <= source < self._mesh.num_stages or self._mesh.rank_of(source) == self._mesh.rank:
-            return []
-        runner = self._runner(action)
-        ops = runner.get_bwd_recv_ops(i) if kind == BACKWARD else runner.get_fwd_recv_ops(i)
-        return [self._mesh.receive(_flat(op.tensor), self._mesh.rank_of(source), kind) for op in ops]
-
-    def _forward(self, action: Action, frames: Sequence[Tensor], leaving: list[Message]) -> Tensor:
+    def _forward(self, action: Action, frames: Sequence[Tensor], leaving: list[Message], program: Program) -> Tensor:
         stage, kind, i = action
         runner = self._runner(action)
-        with torch.set_grad_enabled(kind == FORWARD):
-            inputs = (frames[i],) if stage == 0 else ()
-            output: Tensor = runner.forward_one_chunk(i, inputs, {}, save_forward_output=False)
-        if stage + 1 < self._mesh.num_stages:
-            if self._mesh.rank_of(stage + 1) == self._mesh.rank:
-                self._runners[kind, stage + 1].set_local_fwd_input(output, i)
+        graph = kind in (FORWARD, RECOMPUTE) and action not in program.rerun
+        with torch.set_grad_enabled(graph):
+            output = runner.forward(i, frames[i] if stage == 0 else runner.input_of(i).requires_grad_(graph))
+        like = runner.example_output
+        if output.shape != like.shape or output.dtype != like.dtype:
+            raise ValueError(
+                f"stage {stage} promised {_shape(like)} for each micro-batch but returned {_shape(output)} for "
+                f"{action}; its layers must return one shape and dtype for one batch size"
+            )
+        to = program.results_go_to[action]
+        if to is not None:
+            if self._owners[to.stage] == self._mesh.rank:
+                self._runner(to).set_local_fwd_input(output, i)
             else:
-                like = runner.example_output
-                leaving += [
-                    self._mesh.send(_flat(op.tensor, like), self._mesh.rank_of(stage + 1), kind)
-                    for op in runner.get_fwd_send_ops(i)
-                ]
-        if kind != FORWARD:
-            runner.fwd_cache.pop(i)  # nothing will run backward through it
+                leaving.append(self._mesh.send(_flat(output, like), self._owners[to.stage], kind))
         return output
 
-    def _backward(self, action: Action, loss: Tensor | None) -> list[Message]:
-        stage, _, i = action
+    def _backward(self, action: Action, loss: Tensor | None, leaving: list[Message]) -> None:
+        stage, kind, i = action
         runner = self._runner(action)
-        runner.backward_one_chunk(i, loss=loss)
+        gradient = runner.backward(i, loss) if kind == BACKWARD else runner.backward_input(i, loss)
         if stage == 0:
-            runner.bwd_cache.pop(i)
-            return []
-        if self._mesh.rank_of(stage - 1) == self._mesh.rank:
-            gradient = runner.get_local_bwd_output(i)  # type: ignore[no-untyped-call]
-            self._runners[FORWARD, stage - 1].set_local_bwd_input(gradient, i)
-            return []
-        like = runner.example_input
-        return [
-            self._mesh.send(_flat(op.tensor, like), self._mesh.rank_of(stage - 1), BACKWARD)
-            for op in runner.get_bwd_send_ops(i)
-        ]
+            return
+        assert gradient is not None
+        before = self._owners[stage - 1]
+        if before == self._mesh.rank:
+            self._runners[FORWARD, stage - 1].set_local_bwd_input((gradient,), i)
+        else:
+            leaving.append(self._mesh.send(_flat(gradient, runner.example_input), before, BACKWARD))
 
     def _runner(self, action: Action) -> _StaticStage:
-        return self._runners[FORWARD if action.kind == BACKWARD else action.kind, action.stage]
+        return self._runners[FORWARD if action.kind in TRAINING else action.kind, action.stage]
 
 
 class _StaticStage(PipelineStage):
-    """torch's stage with the shapes of its micro-batches, told once instead of asked of the peer at each start."""
+    """torch's stage with the shapes of its micro-batches, told once instead of asked of the peer at each start.
+
+    ``forward`` and ``backward`` are torch's ``forward_one_chunk`` and ``backward_one_chunk`` for one tensor in and out;
+    what torch checks, flattens and logs there for every micro-batch costs as much as a message.
+    """
 
     example_input: Tensor
     example_output: Tensor
+
+    def forward(self, i: int, x: Tensor) -> Tensor:
+        """The stage's output for micro-batch ``i``; where there is a graph, it is kept for the backward."""
+        output: Tensor = self.submod(x)
+        if torch.is_grad_enabled():
+            self.fwd_cache[i] = (output,), [x]
+        return output
+
+    def backward(self, i: int, loss: Tensor | None) -> Tensor | None:
+        """The whole backward of micro-batch ``i``: the gradient of its input, None on the first stage."""
+        (output,), (x,) = self.fwd_cache.pop(i)
+        if self.is_last:
+            assert loss is not None
+            torch.autograd.backward(loss)
+            if not output._is_view():
+                output.detach_()  # whoever still holds it shall not hold the graph
+        else:
+            torch.autograd.backward(output, self.gradient_in(i))
+        gradient: Tensor | None = x.grad
+        x.grad = None
+        return gradient
+
+    def backward_input(self, i: int, loss: Tensor | None) -> Tensor | None:
+        """The same for the input alone; ``backward_weight_one_chunk`` does the rest."""
+        self.backward_one_chunk(i, loss=loss, full_backward=False)
+        gradients = self.bwd_cache.pop(i)
+        return gradients[0] if gradients else None
+
+    def input_of(self, i: int) -> Tensor:
+        """Where micro-batch ``i`` arrives."""
+        buffer: Tensor | None = self.args_recv_info[i][0].buffer
+        assert buffer is not None
+        return buffer
+
+    def gradient_in(self, i: int) -> Tensor:
+        """Where the gradient of the output of micro-batch ``i`` arrives."""
+        buffer: Tensor = self.grad_recv_info[i][0].buffer
+        return buffer
 
 
 def _static_stage(mesh: Mesh, stage: Stage, module: nn.Module, num_microbatches: int, backward: bool) -> _StaticStage:
@@ -190,19 +327,19 @@ def _static_stage(mesh: Mesh, stage: Stage, module: nn.Module, num_microbatches:
     return runner
 
 
-def _arrivals(table: Table, owners: Sequence[int], rank: int, letters: str) -> list[Action]:
-    """The actions of ``rank`` that another stage's result leads to, in the order in which the results are sent.
-
-    Messages of one kind between two ranks are matched in the order in which they are posted. Where a rank holds several
-    stages, it may take two results of a peer in another order than the peer sends them.
-    """
-    sent = [action for owner in dict.fromkeys(owners) for action in rank_order(table, owners, owner, letters)]
-    led_to = [Action(a.stage - 1 if a.kind == BACKWARD else a.stage + 1, a.kind, a.microbatch) for a in sent]
-    return [a for a in led_to if 0 <= a.stage < len(owners) and owners[a.stage] == rank]
+def _first_cause(error: Exception) -> BaseException:
+    """What the network itself raised, out of the frame of shapes that torch puts around a backward in two parts."""
+    framed = isinstance(error, RuntimeError) and "ailed to run" in str(error) and error.__cause__ is not None
+    return error.__cause__ if framed and error.__cause__ is not None else error
 
 
-def _chunks(frames: Tensor | None, num_microbatches: int) -> Sequence[Tensor]:
-    return () if frames is None else frames.chunk(num_microbatches)
+def _message_kind(kind: str) -> str:
+    """Which process group carries the result of an action of ``kind``."""
+    return BACKWARD if kind in GRADIENTS_OF_INPUT else kind
+
+
+def _shape(tensor: Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
 
 
 def _flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:

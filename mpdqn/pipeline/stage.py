@@ -34,10 +34,18 @@ class Stage:
         return self.online.named_parameters()
 
     @torch.no_grad()
-    def refresh_target(self) -> None:
-        """Target ← online: a copy inside the stage, nothing crosses the network (Mnih et al. 2015)."""
-        for target, online in zip(self.target.state_dict().values(), self.online.state_dict().values(), strict=True):
-            target.copy_(online)
+    def refresh_target(self, tau: float = 1.0) -> None:
+        """Target ← τ·online + (1 − τ)·target, inside the stage: nothing crosses the network.
+
+        τ = 1 copies (Mnih et al. 2015), a smaller one follows slowly (Lillicrap et al. 2016). Buffers are copied.
+        """
+        moving = dict(self.online.named_parameters())
+        for name, target in self.target.state_dict().items():
+            online = self.online.state_dict()[name]
+            if tau < 1.0 and name in moving:
+                target.lerp_(online, tau)
+            else:
+                target.copy_(online)
 
 
 def build_stages(

@@ -25,6 +25,11 @@ class Stopwatch:
         self._marks: list[tuple[str, int, int, float | torch.cuda.Event, float | torch.cuda.Event]] = []
         self._start = self._end = self.now()
 
+    @property
+    def origin(self) -> float:
+        """The start of the step in seconds of this host's clock, which all its processes share; 0 on a GPU."""
+        return 0.0 if isinstance(self._start, torch.cuda.Event) else self._start
+
     def now(self) -> float | torch.cuda.Event:
         """This moment, as `mark` takes it."""
         if not self._cuda:

@@ -1,6 +1,9 @@
 """`Action`: one piece of work of one stage on one micro-batch, written ``2F0`` (stage, kind, micro-batch).
 
-F forward   B backward   T target network on next_obs   D online network on next_obs (Double DQN)
+F forward                        R forward once more, for a backward whose graph was not kept (recomputation)
+B backward, as a whole, or in two parts (zero bubble, Qi et al. 2024):
+I backward for the input         W backward for the weights
+T target network on next_obs     D online network on next_obs (Double DQN); any other letter is a no-gradient pass, too
 """
 
 from __future__ import annotations
@@ -9,7 +12,19 @@ import re
 from typing import NamedTuple, Self
 
 FORWARD = "F"
+RECOMPUTE = "R"
 BACKWARD = "B"
+BACKWARD_INPUT = "I"
+BACKWARD_WEIGHT = "W"
+
+GRADIENTS_OF_INPUT = (BACKWARD, BACKWARD_INPUT)
+"""The kinds that hand a gradient to the stage before."""
+
+GRADIENTS_OF_WEIGHTS = (BACKWARD, BACKWARD_WEIGHT)
+"""The kinds after which a micro-batch's gradients are in the parameters, and its activations free."""
+
+TRAINING = (FORWARD, RECOMPUTE, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT)
+"""The kinds of the online network's pass on obs; every other letter is a no-gradient pass over next_obs."""
 
 
 class Action(NamedTuple):
@@ -29,19 +44,3 @@ class Action(NamedTuple):
         if match is None:
             raise ValueError(f"{text!r} is no action; write stage, kind and micro-batch like 2F0")
         return cls(int(match[1]), match[2], int(match[3]))
-
-
-def dependencies(action: Action, num_stages: int, passes: str) -> list[Action]:
-    """The actions that must have ended before ``action`` can start, in a pipeline of ``num_stages`` stages.
-
-    ``passes`` are the letters of the agent's no-gradient passes; the loss at the end of the last stage's forward needs
-    their values.
-    """
-    stage, kind, i = action
-    if kind == BACKWARD:
-        later = [Action(stage + 1, BACKWARD, i)] if stage + 1 < num_stages else []
-        return [Action(stage, FORWARD, i), *later]
-    earlier = [Action(stage - 1, kind, i)] if stage > 0 else []
-    if kind == FORWARD and stage == num_stages - 1:
-        earlier += [Action(stage, letter, i) for letter in passes]
-    return earlier

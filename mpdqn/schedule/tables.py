@@ -1,117 +1,246 @@
-"""Action tables: ``(schedule, p, m, passes) -> the actions of every stage, in order``.
+"""`ActionTable`: a schedule as data. The actions of every lane of a pipeline, in order.
 
 One Double DQN step with p = 2 stages and m = 2 micro-batches, time to the right (· waits):
 
-    gpipe   stage 0  T0 T1 D0 D1 F0 F1  ·  ·  · B0 B0 B1 B1
-            stage 1   · T0 T1 D0 D1 F0 F1 B0 B0 B1 B1  ·  ·
+    gpipe   lane 0  T0 T1 D0 D1 F0 F1  ·  ·  · B0 B0 B1 B1
+            lane 1   · T0 T1 D0 D1 F0 F1 B0 B0 B1 B1  ·  ·
 
-The agent's no-gradient passes run first, one after the other, without a drain between them; forward and backward
-follow in the order of the schedule.
+A lane is what one rank of a pipeline runs: one stage, or several where stages are virtual (0 and 2 on lane 0, 1 and 3
+on lane 1). A table can be printed, compared line by line, written as CSV and read again, simulated, and executed.
 """
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Sequence, Set
+import itertools
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Self
 
-from mpdqn.schedule.actions import BACKWARD, FORWARD, Action, dependencies
+from mpdqn.schedule.actions import (
+    BACKWARD,
+    BACKWARD_INPUT,
+    BACKWARD_WEIGHT,
+    FORWARD,
+    GRADIENTS_OF_INPUT,
+    RECOMPUTE,
+    TRAINING,
+    Action,
+)
 
-SCHEDULES = ("gpipe", "1f1b")
-
-Table = tuple[tuple[Action, ...], ...]
+Lane = tuple[Action, ...]
 
 
-def action_table(schedule: str, num_stages: int, num_microbatches: int, passes: str = "") -> Table:
-    """The actions of each stage of one step, in order.
+@dataclass(frozen=True)
+class ActionTable:
+    """The actions of each lane of one step, in order.
 
-    Args:
-        schedule: ``gpipe`` (Huang et al. 2019: every forward, then every backward) or ``1f1b`` (PipeDream-flush,
-            Narayanan et al. 2021: at most p − j micro-batches in flight at stage j).
-        num_stages: p ≥ 1.
-        num_microbatches: m ≥ 1, also below p.
-        passes: the letters of the agent's no-gradient passes, in the order in which they run.
-
-    Raises:
-        ValueError: for an unknown schedule, with the nearest known one.
+    ``passes`` are the letters of the no-gradient passes over this step's batch: the loss at the last stage needs their
+    values. ``ahead`` are those over the *next* step's batch: nothing in this step needs them.
     """
-    if schedule not in SCHEDULES:
-        nearest = difflib.get_close_matches(schedule, SCHEDULES, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown schedule {schedule!r}; did you mean {nearest!r}? Known: {', '.join(SCHEDULES)}")
-    m = num_microbatches
-    table = []
-    for stage in range(num_stages):
-        warmup = m if schedule == "gpipe" else min(m, num_stages - 1 - stage)
-        order = [(letter, i) for letter in passes for i in range(m)]
-        order += [(FORWARD, i) for i in range(warmup)]
-        for i in range(warmup, m):
-            order += [(FORWARD, i), (BACKWARD, i - warmup)]
-        order += [(BACKWARD, i) for i in range(m - warmup, m)]
-        table.append(tuple(Action(stage, kind, i) for kind, i in order))
-    return tuple(table)
 
+    schedule: str
+    lanes: tuple[Lane, ...]
+    passes: str = ""
+    ahead: str = ""
 
-def rank_order(table: Table, owners: Sequence[int], rank: int, passes: str = "") -> tuple[Action, ...]:
-    """The order in which ``rank`` runs the actions of all stages it holds.
+    @cached_property
+    def actions(self) -> Set[Action]:
+        """Every action of the table."""
+        return frozenset(itertools.chain.from_iterable(self.lanes))
 
-    The whole table is played tick by tick, one action per rank and tick. Each stage keeps its own order; of several
-    stages on one rank the last that is ready goes first, so that a micro-batch is carried on as far as it can be.
-    Every rank plays the same table, so the orders of the ranks fit together and cannot wait for one another in a ring.
+    @cached_property
+    def num_stages(self) -> int:
+        """The number of stages, over all lanes."""
+        return 1 + max((action.stage for action in self.actions), default=-1)
 
-    Args:
-        table: the actions of each stage.
-        owners: the rank that holds each stage.
-        rank: whose order is asked.
-        passes: the letters of the agent's no-gradient passes.
+    @cached_property
+    def num_microbatches(self) -> int:
+        """m, the number of micro-batches."""
+        return 1 + max((action.microbatch for action in self.actions), default=-1)
 
-    Raises:
-        ValueError: if the table cannot run, naming the first impossible action.
-    """
-    position = [0] * len(table)
-    done: set[Action] = set()
-    order: list[Action] = []
-    while any(position[stage] < len(actions) for stage, actions in enumerate(table)):
-        tick: dict[int, Action] = {}
-        for stage, actions in enumerate(table):
-            if position[stage] == len(actions):
+    @cached_property
+    def lane_of(self) -> tuple[int, ...]:
+        """The lane of each stage."""
+        owner = {action.stage: lane for lane, actions in enumerate(self.lanes) for action in actions}
+        return tuple(owner.get(stage, -1) for stage in range(self.num_stages))
+
+    def stages_of(self, lane: int) -> tuple[int, ...]:
+        """The stages of lane ``lane``, ascending."""
+        return tuple(stage for stage, owner in enumerate(self.lane_of) if owner == lane)
+
+    def takes_loss(self, action: Action) -> bool:
+        """Whether the loss is computed at the end of ``action``: the last stage's forward that keeps a graph."""
+        if action.stage != self.num_stages - 1 or action.kind not in (FORWARD, RECOMPUTE):
+            return False
+        return action.kind == RECOMPUTE or action._replace(kind=RECOMPUTE) not in self.actions
+
+    def result_goes_to(self, action: Action) -> Action | None:
+        """The action of the neighbouring stage that needs what ``action`` computes; None if there is none."""
+        stage, kind, i = action
+        if kind in (BACKWARD_WEIGHT, RECOMPUTE):
+            return None
+        if kind in GRADIENTS_OF_INPUT:
+            return next((a for k in GRADIENTS_OF_INPUT if (a := Action(stage - 1, k, i)) in self.actions), None)
+        return Action(stage + 1, kind, i) if stage + 1 < self.num_stages else None
+
+    def dependencies(self, action: Action) -> list[Action]:
+        """The actions of this step that must have ended before ``action`` can start."""
+        stage, kind, i = action
+        if kind == BACKWARD_WEIGHT:
+            return [Action(stage, BACKWARD_INPUT, i)]
+        if kind == RECOMPUTE:
+            needed = [Action(stage, FORWARD, i)]
+        elif kind in GRADIENTS_OF_INPUT:
+            again = Action(stage, RECOMPUTE, i)
+            needed = [again if again in self.actions else Action(stage, FORWARD, i)]
+            if stage + 1 < self.num_stages:
+                split = Action(stage + 1, BACKWARD_INPUT, i)
+                needed.append(split if split in self.actions else Action(stage + 1, BACKWARD, i))
+        else:
+            needed = [Action(stage - 1, kind, i)] if stage > 0 else []
+        if self.takes_loss(action):
+            needed += [Action(stage, letter, i) for letter in self.passes]
+        return needed
+
+    @cached_property
+    def needs(self) -> Mapping[Action, list[Action]]:
+        """`dependencies` of every action of the table."""
+        return {action: self.dependencies(action) for action in self.actions}
+
+    def without_ahead(self) -> ActionTable:
+        """This table without its passes over the next batch."""
+        lanes = tuple(tuple(a for a in lane if a.kind not in self.ahead) for lane in self.lanes)
+        return ActionTable(self.schedule, lanes, self.passes)
+
+    def only_ahead(self) -> ActionTable:
+        """The passes over the next batch alone, micro-batch by micro-batch, as they run when they may not run ahead."""
+        lanes = tuple(
+            tuple(sorted((a for a in lane if a.kind in self.ahead), key=lambda a: (a.microbatch, a.stage)))
+            for lane in self.lanes
+        )
+        return ActionTable(self.schedule, lanes, "", self.ahead)
+
+    def check(self) -> Self:
+        """This table, if it is one step of a pipeline and can run.
+
+        Raises:
+            ValueError: naming the first action that is missing, too many or impossible.
+        """
+        if not self.actions:
+            raise ValueError(f"the table of {self.schedule} has {len(self.lanes)} lanes and 0 actions; write some")
+        for action, count in Counter(itertools.chain.from_iterable(self.lanes)).items():
+            if count > 1:
+                raise ValueError(f"the table has {action} {count} times; an action is done once")
+            if action.kind not in (*TRAINING, *self.passes, *self.ahead):
+                raise ValueError(
+                    f"the table has {action} but {action.kind} is none of the passes it names "
+                    f"({self.passes + self.ahead or 'none'}); name it"
+                )
+        for lane, actions in enumerate(self.lanes):
+            for action in actions:
+                if self.lane_of[action.stage] != lane:
+                    raise ValueError(
+                        f"the table has {action} on lane {lane} but stage {action.stage} is on another, too"
+                    )
+        for stage, i in itertools.product(range(self.num_stages), range(self.num_microbatches)):
+            has = {a.kind for kind in TRAINING if (a := Action(stage, kind, i)) in self.actions}
+            for kind in (FORWARD, *self.passes, *self.ahead):
+                if Action(stage, kind, i) not in self.actions:
+                    raise ValueError(f"the table lacks {stage}{kind}{i}")
+            if has - {FORWARD, RECOMPUTE} not in ({BACKWARD}, {BACKWARD_INPUT, BACKWARD_WEIGHT}):
+                found = " and ".join(f"{stage}{kind}{i}" for kind in TRAINING[2:] if kind in has) or "none"
+                raise ValueError(
+                    f"stage {stage} needs for micro-batch {i} either {stage}B{i} or both {stage}I{i} and {stage}W{i}, "
+                    f"but the table has {found}"
+                )
+        self.rank_order(range(self.num_stages), 0)
+        return self
+
+    def rank_order(self, owners: Sequence[int], rank: int) -> Lane:
+        """The order in which ``rank`` runs the actions of all lanes it holds.
+
+        The whole table is played tick by tick, one action per rank and tick. Each lane keeps its own order; of several
+        lanes on one rank the last that is ready goes first, so that a micro-batch is carried on as far as it can be.
+        Every rank plays the same table, so the orders of the ranks fit together and cannot wait for one another in a
+        ring.
+
+        Args:
+            owners: the rank that holds each stage; the stages of a lane have the same.
+            rank: whose order is asked.
+
+        Raises:
+            ValueError: if the table cannot run, naming the first impossible action.
+        """
+        position = [0] * len(self.lanes)
+        done: set[Action] = set()
+        order: list[Action] = []
+        while any(position[lane] < len(actions) for lane, actions in enumerate(self.lanes)):
+            tick: dict[int, tuple[int, Action]] = {}
+            for lane, actions in enumerate(self.lanes):
+                if position[lane] == len(actions):
+                    continue
+                action = actions[position[lane]]
+                if done.issuperset(self.needs[action]):
+                    # a later lane replaces an earlier one of the same rank
+                    tick[owners[action.stage]] = lane, action
+            if not tick:
+                stuck, missing = self._impossible(position, done)
+                raise ValueError(f"the table cannot run: {stuck} waits for {missing}, which cannot come before it")
+            for owner, (lane, action) in tick.items():
+                position[lane] += 1
+                done.add(action)
+                if owner == rank:
+                    order.append(action)
+        return tuple(order)
+
+    def _impossible(self, position: Sequence[int], done: Set[Action]) -> tuple[Action, Action]:
+        """Where nothing can go on: the first action that waits in vain, and for what.
+
+        A lane is at fault that waits for a later action of its own, or for one that is in no lane; the others may only
+        be waiting for it.
+        """
+        waiting = [
+            (action, needed)
+            for lane, actions in enumerate(self.lanes)
+            for action in actions[position[lane] : position[lane] + 1]
+            for needed in self.dependencies(action)
+            if needed not in done
+        ]
+        return next(
+            (
+                (stuck, missing)
+                for stuck, missing in waiting
+                if missing not in self.actions or self.lane_of[stuck.stage] == self.lane_of[missing.stage]
+            ),
+            waiting[0],
+        )
+
+    def __str__(self) -> str:
+        """One line for each lane."""
+        return "".join(" ".join(map(str, lane)) + "\n" for lane in self.lanes)
+
+    def to_csv(self) -> str:
+        """This table as text: a line that names it, then one line of actions for each lane; `from_csv` reads it."""
+        head = f"# schedule={self.schedule} passes={self.passes} ahead={self.ahead}\n"
+        return head + "".join(",".join(map(str, lane)) + "\n" for lane in self.lanes)
+
+    @classmethod
+    def from_csv(cls, text: str) -> Self:
+        """The table that `to_csv` wrote, or one of torch.distributed.pipelining (empty cells are waits).
+
+        Raises:
+            ValueError: for a cell that is no action, with its line, or a table that cannot run.
+        """
+        head: dict[str, str] = {}
+        lanes = []
+        for number, line in enumerate(text.splitlines(), 1):
+            if line.startswith("#"):
+                head |= dict(part.split("=", 1) for part in line[1:].split() if "=" in part)
                 continue
-            action = actions[position[stage]]
-            if all(needed in done for needed in dependencies(action, len(table), passes)):
-                tick[owners[stage]] = action  # a later stage replaces an earlier one of the same rank
-        if not tick:
-            stuck, missing = _impossible(table, position, done, passes)
-            raise ValueError(f"the table cannot run: {stuck} waits for {missing}, which cannot come before it")
-        for owner, action in tick.items():
-            position[action.stage] += 1
-            done.add(action)
-            if owner == rank:
-                order.append(action)
-    return tuple(order)
-
-
-def _impossible(table: Table, position: Sequence[int], done: Set[Action], passes: str) -> tuple[Action, Action]:
-    """Where nothing can go on: the first action that waits in vain, and for what.
-
-    A stage is at fault that waits for a later action of its own, or for one that is in no stage's list; the others may
-    only be waiting for it.
-    """
-    waiting = [
-        (action, needed)
-        for stage, actions in enumerate(table)
-        for action in actions[position[stage] : position[stage] + 1]
-        for needed in dependencies(action, len(table), passes)
-        if needed not in done
-    ]
-    known = set().union(*table)
-    return next((pair for pair in waiting if pair[0].stage == pair[1].stage or pair[1] not in known), waiting[0])
-
-
-def bubble_fraction(num_stages: int, num_microbatches: int, forward: float, backward: float, num_passes: int) -> float:
-    """The share of a step in which each rank waits, for p equal stages and free messages (GPipe and 1F1B alike).
-
-    With forward time F and backward time B of one micro-batch and k no-gradient passes, a rank works
-    m·((k + 1)·F + B) and waits (p − 1)·(F + B): the passes follow one another without a drain, so that only the
-    last ramp up and down is lost (Huang et al. 2019, §2.3, gives (p − 1)/(m + p − 1) for k = 0).
-    """
-    work = num_microbatches * ((num_passes + 1) * forward + backward)
-    wait = (num_stages - 1) * (forward + backward)
-    return wait / (work + wait) if work + wait > 0 else 0.0
+            try:
+                lanes.append(tuple(Action.parse(cell.strip()) for cell in line.split(",") if cell.strip()))
+            except ValueError as error:
+                raise ValueError(f"line {number} of the table: {error}") from None
+        return cls(head.get("schedule", "custom"), tuple(lanes), head.get("passes", ""), head.get("ahead", "")).check()

@@ -4,6 +4,7 @@ import os
 import re
 import socket
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,30 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
         ({"env": "pomg"}, "there is no environment 'pomg' among the 108 Atari games; try 'pong'"),
         ({"agent": "double-dqn"}, "unknown agent 'double-dqn'; did you mean 'double_dqn'?"),
         ({"layouts": ("pp2-gpip",)}, "unknown schedule 'gpip'; did you mean 'gpipe'?"),
+        ({"layouts": ("pp2-zbv+v3",)}, "zbv has exactly 2 stages on each rank, not 3"),
         ({"layouts": ("single@1", "two")}, "'two' is no layout"),
         (
             {"layouts": ("pp12/m2",)},
-            "layout pp12-gpipe/m2 wants p = 12 stages but nature has 11 layers in its nn.Sequential, 5 of them with "
+            "layout pp12-gpipe/m2 wants p·v = 12 stages but nature has 11 layers in its nn.Sequential, 5 of them with "
             "parameters to train",
         ),
-        ({"layouts": ("pp6/m2",)}, "wants p = 6 stages but nature has 11 layers"),
+        ({"layouts": ("pp6/m2",)}, "wants p·v = 6 stages but nature has 11 layers"),
+        (
+            {"layouts": ("single@1", "pp2-looped_bfs+v9")},
+            "layout pp2-looped_bfs+v9/m2 wants p·v = 18 stages but nature has 11 layers in its nn.Sequential, 5 of "
+            "them with parameters to train, and every stage needs one; use at most that many stages",
+        ),
+        ({"layouts": ("pp3-zbv",)}, "layout pp3-zbv/m2 wants p·v = 6 stages but nature has 11 layers"),
+        ({"lookahead": 2}, "lookahead is 2 but must be 0 or 1"),
+        ({"recompute": "some"}, "unknown recompute 'some'; choose none, boundaries, all or auto"),
+        ({"recompute": "auto", "memory_limit": -1.0}, "memory_limit is -1.0 GiB but must be at least 0"),
+        ({"recompute": "auto", "memory_limit": float("nan")}, "memory_limit is nan GiB but must be at least 0"),
+        ({"memory_limit": 2.0}, "memory_limit 2.0 has no effect with recompute none; use --recompute auto"),
+        (
+            {"recompute": "auto", "memory_limit": 0.001, "layouts": ("dp2xpp2-1f1b",)},
+            "layout dp2xpp2-1f1b/m2 has a rank whose parameters, their gradients, Adam's moments and the target "
+            "network take at least 16.1 MiB but its memory limit is 1.0 MiB; raise it or use more stages",
+        ),
         ({"batch_size": 510, "layouts": ("dp2/m16",)}, "batch_size 510 is not a multiple of d·m = 2·16; try 512"),
         ({"batch_size": 10, "layouts": ("pp2/m4",)}, "batch_size 10 is not a multiple of d·m = 1·4; try 8"),
         ({"batch_size": 0}, "batch_size 0 is not a multiple of d·m"),
@@ -186,7 +204,7 @@ def test_stages_in_several_processes_on_one_gpu(monkeypatch: pytest.MonkeyPatch,
         ValueError, match=r"layout pp2-1f1b/m2 sends messages between GPUs but 2 ranks share 1 here; write"
     ):
         check(config, layouts=["pp2-1f1b"])
-    assert [row.stacked for row in check(config).layouts] == [False, False, False, True, True, True]
+    assert [row.stacked for row in check(config).layouts] == [False] * 3 + [True] * 4
     assert check(config).environment.hardware.startswith("1 × a GPU, ")
 
 
@@ -200,6 +218,21 @@ def test_a_good_configuration_becomes_a_job(tmp_path: Path) -> None:
     first, second = job.make_network(), job.make_network()
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
     assert list((tmp_path / "new").rglob("*")) == [tmp_path / "new" / "folder"], "the probe file is gone"
+
+
+def test_filled_schedules_without_lookahead_are_warned_of_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = CompareConfig(smoke=True, lookahead=0, out=tmp_path)
+    with pytest.warns(UserWarning, match="lookahead 0") as caught:
+        check(config, layouts=["single@1", "pp2-td1f1b", "pp2-1f1b", "pp2-tdzb+stacked"])
+    (warning,) = caught
+    assert str(warning.message) == (
+        "with --lookahead 0 no target pass can run ahead, so no gaps are filled in pp2-td1f1b/m2, "
+        "pp2-tdzb+stacked/m2; set --lookahead 1"
+    )
+    check(config, layouts=["single@1", "pp2-1f1b"])
+    check(replace(config, lookahead=1), layouts=["pp2-td1f1b"])
+    monkeypatch.setenv("RANK", "1")  # one of several processes says it
+    check(config, layouts=["pp2-td1f1b"])
 
 
 def test_smoke_leaves_what_was_given() -> None:

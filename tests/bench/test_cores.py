@@ -1,13 +1,16 @@
-"""Pinning and peak memory, in processes of their own: both would outlast the test."""
+"""Pinning and peak memory, in processes of their own: both would outlast the test; and a rank's share of memory."""
 
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+
+from mpdqn.bench.cores import memory_per_rank
 
 ROOT = Path(__file__).parents[2]
 
@@ -89,3 +92,16 @@ def test_the_peak_rises_stays_and_is_reset(device: str) -> None:
     assert held == pytest.approx(1.0, abs=0.05)
     assert freed == pytest.approx(held, abs=0.02)
     assert reset == pytest.approx(0.0, abs=0.05)
+
+
+def test_the_ranks_of_a_host_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    whole = memory_per_rank(1, cpu)
+    assert whole == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert memory_per_rank(4, cpu) == whole / 4
+    # No test needs a GPU to know how many ranks share one: 80 GiB each, two of them.
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * 2**30))
+    assert [memory_per_rank(ranks, cuda) / 2**30 for ranks in (1, 2, 3, 4)] == [80, 80, 40, 40]

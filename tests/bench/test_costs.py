@@ -30,7 +30,7 @@ def test_layers_and_their_stages() -> None:
     cuts = [Partition(boundaries=b) for b in ((0, 3), (0, 2, 3), (0, 1, 2, 3), (0, 2, 3))]
     table = cost_table(PROFILE, cuts)
     assert table.title == "Layer costs of three: batch 8, cpu, 2 threads, channels_last"
-    assert table.columns[-2:] == ("stage (p = 2)", "stage (p = 3)"), "one column for each cut, none for the whole"
+    assert table.columns[-2:] == ("stage (of 2)", "stage (of 3)"), "one column for each cut, none for the whole"
     assert table.rows == (
         ("conv", "1.23", "0.00", "2.50", "1,024", "0.50", "2.00", "0", "0"),
         ("relu", "0.50", "0.75", "0.00", "0", "0.00", "0.00", "0", "1"),
@@ -38,7 +38,7 @@ def test_layers_and_their_stages() -> None:
     )
     assert table.notes[0] == "forward 4 ms + backward 10 ms = 14 ms"
     assert table.notes[1] == (
-        "cut for p = 2 after relu: 5 + 9 ms with 1 forward and one backward pass, 0.64 of it in the slowest stage"
+        "cut into 2 stages after relu: 5 + 9 ms with 1 forward and one backward pass, 0.64 of it in the slowest stage"
     )
     twice = cost_table(PROFILE, cuts, forward_passes=2)
     assert "after conv, relu: 5 + 2 + 11 ms" in twice.notes[2], "conv 2·1.234 + 2.5, relu 2·0.5 + 0.75, head 2·2 + 7"
@@ -55,5 +55,5 @@ def test_a_stage_takes_every_forward_pass_of_its_layers() -> None:
     """6.2, 2.25 and 13 ms with the two no-gradient passes of Double DQN."""
     table = cost_table(PROFILE, [Partition(boundaries=(0, 2, 3))], forward_passes=3)
     assert table.notes[1] == (
-        "cut for p = 2 after relu: 8 + 13 ms with 3 forward and one backward pass, 0.61 of it in the slowest stage"
+        "cut into 2 stages after relu: 8 + 13 ms with 3 forward and one backward pass, 0.61 of it in the slowest stage"
     )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mpdqn.bench.layouts import Layout, default_layouts
 from mpdqn.plan import Partition
-from mpdqn.schedule.tables import SCHEDULES
+from mpdqn.schedule import SCHEDULES
 
 
 def parse(text: str, cores: int = 2, m: int = 8) -> Layout:
@@ -39,6 +39,23 @@ def parse(text: str, cores: int = 2, m: int = 8) -> Layout:
             Layout(data=2, pipeline=3, num_microbatches=2, stacked=True),
             "dp2xpp3-gpipe+stacked/m2",
         ),
+        ("pp2-zbv", Layout(pipeline=2, num_microbatches=8, schedule="zbv", virtual=2), "pp2-zbv/m8"),
+        ("pp2-zbv+v2", Layout(pipeline=2, num_microbatches=8, schedule="zbv", virtual=2), "pp2-zbv/m8"),
+        (
+            "pp2-looped_bfs/m4+v3",
+            Layout(pipeline=2, num_microbatches=4, schedule="looped_bfs", virtual=3),
+            "pp2-looped_bfs+v3/m4",
+        ),
+        (
+            "dp2xpp2-interleaved_1f1b+v1@2/m4",
+            Layout(data=2, pipeline=2, num_microbatches=4, schedule="interleaved_1f1b", threads=2),
+            "dp2xpp2-interleaved_1f1b+v1@2/m4",
+        ),
+        (
+            "pp2-td1f1b+stacked",
+            Layout(pipeline=2, num_microbatches=8, schedule="td1f1b", stacked=True, threads=2, share=2),
+            "pp2-td1f1b+stacked/m8",
+        ),
         ("2*single@1/m8", Layout(copies=2, num_microbatches=8), "2*single@1/m8"),
         ("1*single@1", Layout(threads=1, share=2), "single@1"),
         ("dp1xpp2/m2", Layout(pipeline=2, num_microbatches=2), "pp2-gpipe/m2"),
@@ -57,6 +74,7 @@ def test_every_form(text: str, layout: Layout, name: str) -> None:
     d=st.integers(1, 5),
     p=st.integers(1, 5),
     schedule=st.sampled_from(("", *SCHEDULES)),
+    virtual=st.sampled_from((None, 1, 2, 3)),
     stacked=st.booleans(),
     m=st.sampled_from((None, 1, 2, 8, 13)),
     threads=st.sampled_from((None, "all", 1, 2, 7)),
@@ -67,6 +85,7 @@ def test_the_name_of_a_layout_means_that_layout(
     d: int,
     p: int,
     schedule: str,
+    virtual: int | None,
     stacked: bool,
     m: int | None,
     threads: int | str | None,
@@ -74,7 +93,11 @@ def test_the_name_of_a_layout_means_that_layout(
 ) -> None:
     text = f"{copies}*" if copies > 1 else ""
     text += "single" if d == p == 1 else f"dp{d}" if p == 1 else f"pp{p}" if d == 1 else f"dp{d}xpp{p}"
+    kind = SCHEDULES[schedule or "gpipe"]
+    if virtual != kind.virtual and not kind.any_virtual:
+        virtual = None
     text += f"-{schedule}" * bool(schedule) + "+stacked" * stacked
+    text += "" if virtual is None else f"+v{virtual}"
     text += "" if m is None else f"/m{m}"
     text += "" if threads is None else f"@{threads}"
     allowed = (p > 1 or not (schedule or stacked)) and (copies == 1 or d == p == 1)
@@ -85,6 +108,8 @@ def test_the_name_of_a_layout_means_that_layout(
     layout = parse(text, cores, m=4)
     assert (layout.copies, layout.data, layout.pipeline, layout.stacked) == (copies, d, p, stacked)
     assert layout.num_microbatches == (m or (4 if p > 1 else 1))
+    assert layout.virtual == (virtual or kind.virtual)
+    assert layout.parallelism.num_stages == p * layout.virtual
     assert layout.ranks == copies * d * (1 if stacked else p)
     share = max(1, cores // layout.ranks)
     assert layout.threads == (share if threads is None else cores if threads == "all" else threads)
@@ -101,6 +126,14 @@ def test_the_name_of_a_layout_means_that_layout(
         ("dp-2", "'dp-2' is no layout"),
         ("pp2/m", "'pp2/m' is no layout"),
         ("pp2-1f1", "unknown schedule '1f1'; did you mean '1f1b'? Known: gpipe, 1f1b"),
+        ("pp2-td1f1", "unknown schedule 'td1f1'; did you mean 'td1f1b'? Known: gpipe, 1f1b"),
+        ("pp2-zbv+v3", "zbv has exactly 2 stages on each rank, not 3; choose that or another schedule"),
+        ("pp2-1f1b+v2", "1f1b has exactly 1 stages on each rank, not 2"),
+        ("pp2-looped_bfs+v0", "looped_bfs has at least 1 stages on each rank, not 0"),
+        ("dp2+v2", "gpipe has exactly 1 stages on each rank, not 2"),
+        ("pp1-zbv", "'pp1-zbv': one stage has no schedule"),
+        ("pp2-looped_bfs+v", "'pp2-looped_bfs+v' is no layout"),
+        ("pp2-looped_bfs+v2+v3", "'pp2-looped_bfs+v2+v3' gives an option twice"),
         ("pp2-gpip/m8", "unknown schedule 'gpip'; did you mean 'gpipe'?"),
         ("dp0", "'dp0' has a count of 0; every count must be at least 1"),
         ("pp0", "'pp0' has a count of 0"),
@@ -145,6 +178,14 @@ def test_plans_place_every_stage() -> None:
     assert (plan.placement, plan.parallelism.num_microbatches) == (((0, 2), (1, 3)), 4)
     (plan,) = parse("dp2xpp2+stacked/m4").plans(halves)
     assert plan.placement == ((0, 1), (0, 1))
+    quarters = Partition(boundaries=(0, 1, 2, 3, 5))
+    (plan,) = parse("pp2-looped_bfs").plans(quarters)
+    assert plan.placement == ((0,), (1,), (0,), (1,)), "in turn"
+    (plan,) = parse("dp2xpp2-zbv").plans(quarters, ("none", "all", "boundaries", "none"))
+    assert plan.placement == ((0, 2), (1, 3), (1, 3), (0, 2)), "down and up again"
+    assert plan.recompute == ("none", "all", "boundaries", "none")
+    (plan,) = parse("pp2-zbv+stacked").plans(quarters)
+    assert plan.placement == ((0,),) * 4
     plans = parse("3*single@1").plans(Partition(boundaries=(0, 5)))
     assert [plan.placement for plan in plans] == [((0,),), ((1,),), ((2,),)]
 
@@ -169,7 +210,7 @@ def test_oversubscribed(text: str, cores: int, devices: int, over: bool) -> None
 
 
 SINGLES = ["single@1", "single@1/m8"]
-PAIRS = ["dp2", "pp2-gpipe/m8", "pp2-1f1b/m8"]
+PAIRS = ["dp2", "pp2-gpipe/m8", "pp2-1f1b/m8", "pp2-td1f1b/m8"]
 HYBRID = ["dp2xpp2-1f1b/m8"]
 ALL_2 = ["single@2", "single@2/m8"]
 
@@ -182,12 +223,15 @@ ALL_2 = ["single@2", "single@2/m8"]
         (8, None, [*SINGLES, "single@8", "single@8/m8", *PAIRS, *HYBRID]),
         (2, 1, SINGLES + ALL_2),
         (2, 2, SINGLES + ALL_2 + PAIRS),
-        (2, 3, [*SINGLES, *ALL_2, *PAIRS, "pp3-gpipe/m8", "pp3-1f1b/m8"]),
+        (2, 3, [*SINGLES, *ALL_2, *PAIRS, "pp3-gpipe/m8", "pp3-1f1b/m8", "pp3-td1f1b/m8"]),
         (2, 4, SINGLES + ALL_2 + PAIRS + HYBRID),
         (
             2,
             8,
-            [*SINGLES, *ALL_2, *PAIRS, *HYBRID, "dp4", "pp8-gpipe/m8", "pp8-1f1b/m8", "dp4xpp2-1f1b/m8"],
+            [
+                *(*SINGLES, *ALL_2, *PAIRS, *HYBRID),
+                *("dp4", "pp8-gpipe/m8", "pp8-1f1b/m8", "pp8-td1f1b/m8", "dp4xpp2-1f1b/m8"),
+            ],
         ),
     ],
 )
@@ -198,9 +242,9 @@ def test_default_layouts(cores: int, world_size: int | None, names: list[str]) -
 @pytest.mark.parametrize(
     ("devices", "names"),
     [
-        (1, ["dp2", "pp2-gpipe+stacked/m8", "pp2-1f1b+stacked/m8", "dp2xpp2-1f1b+stacked/m8"]),
-        (2, ["dp2", "pp2-gpipe/m8", "pp2-1f1b/m8", "dp2xpp2-1f1b+stacked/m8"]),
-        (4, ["dp2", "pp2-gpipe/m8", "pp2-1f1b/m8", "dp2xpp2-1f1b/m8"]),
+        (1, ["dp2", *(f"{row}+stacked/m8" for row in ("pp2-gpipe", "pp2-1f1b", "pp2-td1f1b", "dp2xpp2-1f1b"))]),
+        (2, [*PAIRS, "dp2xpp2-1f1b+stacked/m8"]),
+        (4, [*PAIRS, *HYBRID]),
     ],
 )
 def test_default_layouts_on_gpus(devices: int, names: list[str]) -> None:
@@ -230,5 +274,6 @@ def test_default_layouts_always_fit(m: int, cores: int, shards: int, devices: in
 
 def test_no_micro_batches_no_second_row() -> None:
     names = [row.name for row in default_layouts(1, 2, 4)]
-    assert names == ["single@1", "single@2", "dp2", "pp2-gpipe/m1", "pp2-1f1b/m1", "dp2xpp2-1f1b/m1"]
+    pipelines = ["pp2-gpipe/m1", "pp2-1f1b/m1", "pp2-td1f1b/m1", "dp2xpp2-1f1b/m1"]
+    assert names == ["single@1", "single@2", "dp2", *pipelines]
     assert replace(parse("dp2"), threads=2).name == "dp2@2"

@@ -6,7 +6,9 @@ import pytest
 
 from mpdqn.bench.compare import render
 from mpdqn.bench.report import read_run, write_report
-from mpdqn.records import RECORDS, append_records
+from mpdqn.bench.trace import chrome_trace
+from mpdqn.records import RECORDS, TRACES, append_records
+from mpdqn.timeline import Span, Timeline
 from tests.bench.test_plots import comparison
 
 FILES = ("table.md", "table.tex", "throughput.svg", "throughput.png")
@@ -22,6 +24,19 @@ def test_a_report_is_drawn_again_from_the_records_alone(tmp_path: Path) -> None:
     assert (again.table, again.verdict) == (first.table, first.verdict)
     assert {name: (tmp_path / name).read_bytes() for name in FILES} == written
     assert read_run(tmp_path) == tuple(comparison())
+
+
+def test_a_trace_is_drawn_next_to_its_json(tmp_path: Path) -> None:
+    folder = tmp_path / TRACES
+    folder.mkdir()
+    line = Timeline((Span(0, "F", 0, 0, 0.0, 1.0), Span(1, "F", 1, 0, 1.0, 2.0)), 2.0)
+    (folder / "pp2-zbv_m2.json").write_text(chrome_trace({"measured": line, "simulated": line}))
+    write_report(tmp_path, comparison())
+    assert {path.name for path in folder.iterdir()} == {f"pp2-zbv_m2.{end}" for end in ("json", "svg", "png")}
+    assert b"pp2-zbv_m2, resnet18 on pong" in (folder / "pp2-zbv_m2.svg").read_bytes()
+    (folder / "broken.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"traces/broken\.json: no trace: .*; remove it or run again with --trace"):
+        write_report(tmp_path, comparison())
 
 
 def test_the_markdown_holds_table_and_verdict(tmp_path: Path) -> None:

@@ -35,13 +35,13 @@ def record(
         **{"ranks": 1, "threads": 1, "stacked": False, "oversubscribed": False},
         **{"network": "resnet18", "environment": "pong", "batch_size": 64, "device": "cpu", "backend": "gloo"},
         **{"memory_format": "contiguous", "boundaries": "0-14", "agent": "double_dqn", "steps": 2},
-        **{"frames_per_transition": 4},
+        **{"frames_per_transition": 4, "virtual": 1, "lookahead": 1, "recompute": "none"},
         **(settings or {}),
     }
     ranks = about["ranks"]
     assert isinstance(ranks, int)
     measured = {
-        **{"transitions_per_s": 64 / step_s, "step_s": step_s, "bubble_measured": 0.0, "bubble_formula": 0.0},
+        **{"transitions_per_s": 64 / step_s, "step_s": step_s, "bubble_measured": 0.0, "bubble_simulated": 0.0},
         **{"compute_s": [step_s] * ranks, "exchange_s": [0.0] * ranks, "optimizer_s": [0.0] * ranks},
         **{"bytes_sent": [0] * ranks, "peak_memory_bytes": [512 * MIB] * ranks},
         **{"gradient_error": 1.2e-7, "td_error_error": 3e-8},
@@ -117,7 +117,7 @@ def test_without_a_single_process_there_is_no_ratio_and_the_table_says_so() -> N
 
 def test_a_row_shows_what_was_measured_on_each_rank() -> None:
     pipeline = {
-        **{"bubble_measured": 0.123, "bubble_formula": 0.0667, "gradient_error": 2.34e-7},
+        **{"bubble_measured": 0.123, "bubble_simulated": 0.0667, "gradient_error": 2.34e-7},
         **{"bytes_sent": [3 * MIB, int(1.4 * MIB)], "peak_memory_bytes": [700 * MIB, 655 * MIB]},
     }
     hybrid = {"pipeline": 2, "data": 2, "ranks": 4, "oversubscribed": True, "stacked": True}
@@ -136,11 +136,29 @@ def test_a_row_shows_what_was_measured_on_each_rank() -> None:
     assert column(table, "bubble")["single@1"] == "–"
     assert column(table, "sent MiB") == {"single@1": "0", "pp2-1f1b/m8": "3.0 / 1.4", "dp2xpp2 †‡": "1.0–5.0"}
     assert column(table, "peak MiB")["dp2xpp2 †‡"] == "512"
+    assert table.columns[7:9] == ("bubble", "simulated")
     notes = "\n".join(table.notes)
-    for said in ("resnet18 on pong", "cut 0-5-14 for p = 2", "a CPU, 2 cores, 8 GiB", "torch 2.14.1", "0123456789ab"):
+    for said in ("agent double_dqn, lookahead 1, recompute none; cut ", "cut 0-5-14 for p·v = 2", "0123456789ab"):
+        assert said in notes
+    for said in ("resnet18 on pong", "a CPU, 2 cores, 8 GiB", "torch 2.14.1"):
         assert said in notes
     for said in ("seed 0; 1 interleaved rounds × 2 steps", "† oversubscribed", "‡ all stages", "at most 3.0e-08"):
         assert said in notes
+
+
+def test_rows_of_other_cuts_and_recomputation_are_all_named() -> None:
+    looped = {"virtual": 2, "boundaries": "0-3-5-9-14", "recompute": "none-all-none-none"}
+    table = compare_table(
+        [
+            record("single@1", 1.0),
+            record("pp2-1f1b/m8", 1.0, settings=PP2),
+            record("pp2-zbv/m8", 1.0, settings=PP2 | looped),
+        ]
+    )
+    assert table.notes[0].startswith("resnet18 on pong")
+    assert table.notes[0].endswith(
+        "lookahead 1, recompute none / none-all-none-none; cut 0-3-5-9-14 for p·v = 4, cut 0-5-14 for p·v = 2"
+    )
 
 
 def test_a_gradient_error_that_is_no_number_is_not_hidden() -> None:

@@ -15,7 +15,7 @@ def comparison(dp2: float = 1.25, pp2: float = 1.0, single2: float = 1.1, rounds
     records = []
     for r in range(rounds):
         s = 1.1**r
-        bubble = {"bubble_measured": 0.2, "bubble_formula": 0.1}
+        bubble = {"bubble_measured": 0.2, "bubble_simulated": 0.1}
         records += [
             record("single@1", 1.6 * s, r),
             record("single@1/m8", 1.8 * s, r, settings=M8),
@@ -35,7 +35,7 @@ def test_a_pipeline_wins() -> None:
 
 
 def test_a_single_process_wins() -> None:
-    # pp2: waits 0.2/0.8 · 0.9 = 0.225 s, of which the formula explains 0.1/0.9 · 0.9 = 0.1 s; 0.125 of 1.25 s remain.
+    # pp2: waits 0.2/0.8 · 0.9 = 0.225 s, of which simulation explains 0.1/0.9 · 0.9 = 0.1 s; 0.125 of 1.25 s remain.
     assert verdict(comparison(pp2=1.25)) == (
         "The single process (single@2) is fastest here: dp2 reaches 0.88× [0.88–0.88] of it; "
         "of its step time, dp2 loses 24 % to messages and pp2/m8 10 % to messages."
@@ -116,7 +116,7 @@ def test_the_breakdown_of_a_step_by_hand() -> None:
 
 def test_imbalance_is_waiting_that_is_no_bubble() -> None:
     # The mean rank computes 0.9 s and waits 0.2 s in 1.1 s; 0.15 s of that is for the slower stage.
-    values = {"bubble_measured": 0.2 / 1.1, "bubble_formula": 0.1, "compute_s": [1.05, 0.75]}
+    values = {"bubble_measured": 0.2 / 1.1, "bubble_simulated": 0.1, "compute_s": [1.05, 0.75]}
     loss = breakdown([*comparison(rounds=1)[:2], record("pp2/m8", 1.1, settings=PP2, values=values)])["pp2/m8"]
     assert loss is not None
     assert loss.parts["imbalance"] == pytest.approx(0.15)

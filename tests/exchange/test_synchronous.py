@@ -52,13 +52,37 @@ def plan_of(d: int, p: int) -> Plan:
 
 def reduced(mesh: Mesh, owned: list[nn.Parameter]) -> dict[str, Any]:
     before = [p.grad for p in owned]
-    SynchronousExchange(mesh).reduce({0: owned})
+    exchange = SynchronousExchange(mesh)
+    exchange.start(0, owned)
+    exchange.finish()
     return {
+        "done": exchange.done(),
         "sums": [None if p.grad is None else p.grad.clone() for p in owned],
         "kept": all(a is b.grad for a, b in zip(before, owned, strict=True)),
         "strides": [None if p.grad is None else p.grad.stride() for p in owned],
         "bytes": mesh.reset_bytes(),
     }
+
+
+def overlapped(world: World, mesh: Mesh, owned: list[nn.Parameter]) -> dict[str, Any]:
+    """Two stages, started one after the other; the last rank starts the second one late."""
+    half, late, before = (
+        len(owned) // 2,
+        SynchronousExchange(mesh),
+        [None if p.grad is None else p.grad.clone() for p in owned],
+    )
+    seen: dict[str, Any] = {"nothing under way": late.done()}
+    late.start(0, owned[:half])
+    world.barrier()
+    if world.rank < world.size - 1:
+        late.start(1, owned[half:])
+        seen["waits"] = not late.done()
+    world.barrier()
+    seen["untouched"] = same([p.grad for p in owned], before)
+    if world.rank == world.size - 1:
+        late.start(1, owned[half:])
+    late.finish()
+    return seen | {"sums": [p.grad for p in owned], "done": late.done()}
 
 
 def exchange() -> dict[str, Any]:
@@ -75,6 +99,8 @@ def exchange() -> dict[str, Any]:
             seen["alone"] = reduced(alone, parameters(rank))
         mixed = [p for dtype in (torch.float64, torch.float32) for p in parameters(rank, dtype)]
         seen["mixed"] = reduced(three, mixed)
+        stages = Mesh(world, Plan.stacked(Partition(boundaries=(0, 1, 2)), Parallelism(data=3, pipeline=2)), "")
+        seen["overlapped"] = overlapped(world, stages, parameters(rank))
         synchronous.BUCKET_BYTES = 100  # most of them alone, the small ones together
         seen["many buckets"] = reduced(three, parameters(rank))
         return seen
@@ -130,6 +156,16 @@ def test_dtypes_do_not_mix(ranks: list[dict[str, Any]]):
     both = [*expected(3), *expected(3, dtype=torch.float32)]
     assert [g.dtype for g in both if g is not None] == [g.dtype for g in ranks[0]["mixed"]["sums"] if g is not None]
     assert all(same(seen["mixed"]["sums"], both) for seen in ranks)
+
+
+def test_sums_are_under_way_while_other_work_is_done(ranks: list[dict[str, Any]]):
+    """Started stage by stage; until the end no gradient is touched, and it is known whether the end would wait."""
+    for seen in (rank["overlapped"] for rank in ranks):
+        assert seen["nothing under way"]
+        assert seen.get("waits", True)
+        assert seen["untouched"]
+        assert seen["done"]
+        assert same(seen["sums"], expected(RANKS))
 
 
 def test_the_bytes_of_a_ring_are_counted(ranks: list[dict[str, Any]]):

@@ -27,7 +27,15 @@ def run(experiment: str, *flags: str) -> str:
 
 def test_every_experiment_is_run_here() -> None:
     files = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"__init__"}
-    assert files == {"learner_speed", "pipeline_efficiency"}, "give a new experiment its test"
+    measured = {
+        "emulated_pipeline",
+        "gpipe",
+        "learner_speed",
+        "pipeline_efficiency",
+        "pipeline_peers",
+        "schedule_overhead",
+    }
+    assert files == measured, "give a new experiment its test"
 
 
 def test_learner_speed_goes_on_where_it_stopped(tmp_path: Path) -> None:
@@ -47,7 +55,9 @@ def test_pipeline_efficiency(tmp_path: Path) -> None:
     table = (folder / "efficiency.md").read_text()
     assert table in output
     records = list(read_records(folder / RECORDS))
-    assert [record.row for record in records] == ["2*single@1/m8", "single@1/m8", "pp2-gpipe/m8", "pp2-1f1b/m8"]
+    assert [record.row for record in records] == [
+        *("2*single@1/m8", "single@1/m8", "pp2-gpipe/m8", "pp2-1f1b/m8", "pp2-td1f1b/m8", "pp2-tdzb/m8")
+    ]
     for record in records:
         assert f"| {record.row} " in table
         assert record.values["gradient_error"] < 5e-5  # type: ignore[operator]

@@ -52,6 +52,19 @@ def test_the_target_starts_equal_and_stays_apart() -> None:
     assert all(p.requires_grad for p in stage.online.parameters())
 
 
+@pytest.mark.parametrize("tau", [1.0, 0.25])
+def test_the_target_follows_the_online_network(tau: float) -> None:
+    (stage,) = stages(network(), (1,))
+    with torch.no_grad():
+        for parameter in stage.online.parameters():
+            parameter += 1
+    before = [p.clone() for p in stage.target.parameters()]
+    stage.refresh_target(tau)
+    for old, online, target in zip(before, stage.online.parameters(), stage.target.parameters(), strict=True):
+        torch.testing.assert_close(target, tau * online + (1 - tau) * old)
+        assert not target.requires_grad
+
+
 def test_buffers_are_refreshed_too() -> None:
     class Shift(nn.Module):
         def __init__(self) -> None:
@@ -67,6 +80,9 @@ def test_buffers_are_refreshed_too() -> None:
     assert stage.target[0].by == 0
     stage.refresh_target()
     assert stage.target[0].by == 5
+    chain[0].by.fill_(7)
+    stage.refresh_target(0.5)
+    assert stage.target[0].by == 7, "statistics are copied: their average is no statistic"
 
 
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])

@@ -1,149 +1,230 @@
-"""Action tables: golden files, orders of ranks that hold several stages, and the bubble's formula."""
+"""`ActionTable`: what an action waits for, what a table is refused for, its texts, and the orders of ranks."""
 
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpdqn.schedule.actions import Action
-from mpdqn.schedule.tables import SCHEDULES, Table, action_table, bubble_fraction, rank_order
-from tests.schedule.simulation import blocked, end_times
-
-GOLDEN = Path(__file__).parent / "golden"
-SIZES = [(1, 1), (2, 2), (3, 4), (4, 3), (4, 8)]
+from mpdqn.schedule import Action, ActionTable, action_table
+from mpdqn.schedule.times import play
+from tests.schedule.tables import tables, written
 
 reproducible = settings(deadline=None, derandomize=True, database=None)
-schedules = st.sampled_from(SCHEDULES)
-passes = st.sampled_from(["", "T", "TD"])
 
 
-def as_text(table: Table) -> str:
-    return "".join(" ".join(map(str, actions)) + "\n" for actions in table)
+def names(actions: Sequence[Action]) -> str:
+    return " ".join(map(str, actions))
 
 
-def parse(text: str) -> Table:
-    return tuple(tuple(map(Action.parse, line.split())) for line in text.splitlines())
+WHOLE = written(
+    "0T0 0D0 0F0 0B0\n1T0 1D0 1F0 1B0\n2T0 2D0 2F0 2B0",
+    passes="TD",
+)
+SPLIT = written(
+    "0T0 0F0 0X0 0R0 0I0 0W0\n1T0 1F0 1B0 1X0\n2T0 2F0 2R0 2I0 2X0 2W0",
+    passes="T",
+    ahead="X",
+)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("p", "m"), SIZES)
-def test_golden_tables(schedule: str, p: int, m: int):
-    """One line per stage. A difference is a change of the schedule: read it before the file is written anew."""
-    golden = (GOLDEN / f"{schedule}-p{p}-m{m}-TD.txt").read_text()
-    table = action_table(schedule, p, m, "TD")
-    assert as_text(table) == golden
-    assert parse(golden) == table
+@pytest.mark.parametrize(
+    ("table", "action", "needed"),
+    [
+        (WHOLE, "0F0", ""),
+        (WHOLE, "1F0", "0F0"),
+        (WHOLE, "2F0", "1F0 2T0 2D0"),  # the loss needs the values of the passes
+        (WHOLE, "0T0", ""),
+        (WHOLE, "2D0", "1D0"),
+        (WHOLE, "2B0", "2F0"),
+        (WHOLE, "1B0", "1F0 2B0"),
+        (WHOLE, "0B0", "0F0 1B0"),
+        (SPLIT, "0R0", "0F0"),
+        (SPLIT, "0I0", "0R0 1B0"),
+        (SPLIT, "0W0", "0I0"),
+        (SPLIT, "1B0", "1F0 2I0"),
+        (SPLIT, "2F0", "1F0"),  # where the forward is run again, the loss is taken then
+        (SPLIT, "2R0", "2F0 2T0"),
+        (SPLIT, "2I0", "2R0"),
+        (SPLIT, "0X0", ""),
+        (SPLIT, "2X0", "1X0"),
+    ],
+)
+def test_what_an_action_waits_for(table: ActionTable, action: str, needed: str):
+    table.check()
+    assert names(table.dependencies(Action.parse(action))) == needed
+    assert names(table.needs[Action.parse(action)]) == needed
 
 
-def test_every_golden_file_is_tested():
-    assert {path.name for path in GOLDEN.iterdir()} == {f"{s}-p{p}-m{m}-TD.txt" for s in SCHEDULES for p, m in SIZES}
+@pytest.mark.parametrize(
+    ("table", "action", "to"),
+    [
+        (WHOLE, "0F0", "1F0"),
+        (WHOLE, "2F0", "None"),
+        (WHOLE, "0T0", "1T0"),
+        (WHOLE, "2B0", "1B0"),
+        (WHOLE, "0B0", "None"),
+        (SPLIT, "2I0", "1B0"),
+        (SPLIT, "1B0", "0I0"),
+        (SPLIT, "2W0", "None"),
+        (SPLIT, "0R0", "None"),
+        (SPLIT, "1X0", "2X0"),
+    ],
+)
+def test_where_a_result_goes(table: ActionTable, action: str, to: str):
+    assert str(table.result_goes_to(Action.parse(action))) == to
 
 
 @reproducible
-@given(schedules, st.integers(1, 6), st.integers(1, 12), passes)
-def test_each_stage_does_each_action_once_and_can(schedule: str, p: int, m: int, letters: str):
-    table = action_table(schedule, p, m, letters)
-    assert len(table) == p
-    for stage, actions in enumerate(table):
-        assert sorted(actions) == sorted(Action(stage, kind, i) for kind in f"FB{letters}" for i in range(m))
-    assert not blocked(dict(enumerate(table)), p, letters)
+@given(tables())
+def test_results_go_where_they_are_waited_for(table: ActionTable):
+    for action in table.actions:
+        to = table.result_goes_to(action)
+        assert to is None or action in table.needs[to]
+        for other in table.needs[action]:
+            assert other.stage == action.stage or table.result_goes_to(other) == action
 
 
-@reproducible
-@given(st.integers(1, 6), st.integers(1, 12), passes)
-def test_in_1f1b_at_most_p_minus_j_micro_batches_are_in_flight(p: int, m: int, letters: str):
-    most = {"1f1b": [min(m, p - j) for j in range(p)], "gpipe": [m] * p}
-    for schedule in SCHEDULES:
-        for stage, actions in enumerate(action_table(schedule, p, m, letters)):
-            flying = [sum({"F": 1, "B": -1}.get(a.kind, 0) for a in actions[: n + 1]) for n in range(len(actions))]
-            assert min(flying) >= 0
-            assert max(flying) == most[schedule][stage]
+def test_the_loss_is_taken_at_the_last_forward_that_keeps_a_graph():
+    assert [str(a) for a in sorted(WHOLE.actions) if WHOLE.takes_loss(a)] == ["2F0"]
+    assert [str(a) for a in sorted(SPLIT.actions) if SPLIT.takes_loss(a)] == ["2R0"]
 
 
-def test_an_unknown_schedule_is_answered_with_the_nearest_name():
-    with pytest.raises(ValueError, match="unknown schedule '1f1'; did you mean '1f1b'"):
-        action_table("1f1", 2, 2)
+@pytest.mark.parametrize(
+    ("table", "complaint"),
+    [
+        ("", "has 0 lanes and 0 actions"),
+        ("0F0 0F0 0B0", "the table has 0F0 2 times; an action is done once"),
+        ("0F0 0B0\n0F0 1F0 1B0", "the table has 0F0 2 times"),
+        ("0T0 0F0 0B0", r"the table has 0T0 but T is none of the passes it names \(none\); name it"),
+        ("0F0 0B0 0F1", "stage 0 needs for micro-batch 1 either 0B1 or both 0I1 and 0W1, but the table has none"),
+        ("0F0 0I0", "either 0B0 or both 0I0 and 0W0, but the table has 0I0"),
+        ("0F0 0W0", "but the table has 0W0"),
+        ("0F0 0B0 0W0", "but the table has 0B0 and 0W0"),
+        ("0F0 0B0 0I0 0W0", "but the table has 0B0 and 0I0 and 0W0"),
+        ("0B0", "the table lacks 0F0"),
+        ("0F0 0B0 0F2 0B2", "the table lacks 0F1"),
+        ("0F0 0B0\n2F0 2B0", "the table lacks 1F0"),
+        ("0F0 0B0 0F1 0B1\n1F0 1B0", "the table lacks 1F1"),
+        ("0F0 0F1 0B0\n1F0 1F1 1B0 1B1 0B1", "the table has 0F0 on lane 0 but stage 0 is on another, too"),
+    ],
+)
+def test_a_table_that_is_no_step_is_refused_by_its_first_action_too_few_or_too_many(table: str, complaint: str):
+    with pytest.raises(ValueError, match=complaint):
+        written(table).check()
 
 
-@reproducible
-@given(schedules, st.integers(1, 5), st.integers(1, 8), passes)
-def test_a_rank_with_one_stage_runs_the_stages_own_order(schedule: str, p: int, m: int, letters: str):
-    table = action_table(schedule, p, m, letters)
-    for stage in range(p):
-        assert rank_order(table, range(p), stage, letters) == table[stage]
-
-
-@st.composite
-def placements(draw: st.DrawFn) -> list[int]:
-    """The owners of up to 6 stages: all on one rank, interleaved, or anyhow."""
-    p = draw(st.integers(1, 6))
-    kind = draw(st.sampled_from(["stacked", "interleaved", "any"]))
-    if kind == "stacked":
-        return [draw(st.integers(0, 3))] * p
-    if kind == "interleaved":
-        ranks = draw(st.integers(1, 3))
-        return [stage % ranks for stage in range(p)]
-    return draw(st.lists(st.integers(0, 3), min_size=p, max_size=p))
-
-
-@settings(reproducible, max_examples=300)
-@given(schedules, placements(), st.integers(1, 8), passes)
-def test_the_orders_of_the_ranks_never_wait_for_each_other_in_a_ring(
-    schedule: str, owners: list[int], m: int, letters: str
-):
-    table = action_table(schedule, len(owners), m, letters)
-    orders = {rank: rank_order(table, owners, rank, letters) for rank in set(owners)}
-    assert sorted(a for order in orders.values() for a in order) == sorted(a for actions in table for a in actions)
-    for rank, order in orders.items():
-        for stage in (stage for stage, owner in enumerate(owners) if owner == rank):
-            assert tuple(a for a in order if a.stage == stage) == table[stage], "each stage keeps its own order"
-    assert not blocked(orders, len(owners), letters)
+def test_a_pass_that_is_not_for_all_micro_batches_is_refused():
+    with pytest.raises(ValueError, match="the table lacks 0T1"):
+        written("0T0 0F0 0B0 0F1 0B1", passes="T").check()
+    with pytest.raises(ValueError, match="the table lacks 1T0"):
+        written("0T0 0F0 0B0\n1F0 1B0", ahead="T").check()
 
 
 @pytest.mark.parametrize(
     ("table", "complaint"),
     [
         ("0B0 0F0", "0B0 waits for 0F0"),
-        ("0F0 0B0\n1F0", "0B0 waits for 1B0"),
-        ("0F0 0B0\n1T0 1F0 1B0", "1T0 waits for 0T0"),
         ("0T0 0F0 0B0\n1F0 1T0 1B0", "1F0 waits for 1T0"),
+        ("0F0 0W0 0I0", "0W0 waits for 0I0"),
+        ("0F0 0I0 0R0 0W0", "0I0 waits for 0R0"),
+        ("0R0 0F0 0B0", "0R0 waits for 0F0"),
+        ("0F0 0F1 0B1 0B0\n1F0 1B0 1F1 1B1\n2F1 2B1 2F0 2B0", "waits for"),  # a ring over three lanes
     ],
 )
 def test_an_impossible_table_is_refused_and_its_first_impossible_action_named(table: str, complaint: str):
-    with pytest.raises(ValueError, match=f"the table cannot run: {complaint}"):
-        rank_order(parse(table), range(table.count("\n") + 1), 0, "T" if "T" in table else "")
+    with pytest.raises(ValueError, match=f"the table cannot run: .*{complaint}"):
+        written(table, "T" if "T" in table else "").check()
 
 
-def simulated_bubble(schedule: str, p: int, m: int, num_passes: int) -> list[float]:
-    """The share of the step in which each rank waits, by simulation with F = T = D = 1 and B = 2."""
-    seconds = {"F": 1.0, "T": 1.0, "D": 1.0, "B": 2.0}
-    table = action_table(schedule, p, m, "TD"[:num_passes])
-    length = max(end_times(table, "TD"[:num_passes], seconds).values())
-    return [1 - sum(seconds[action.kind] for action in actions) / length for actions in table]
-
-
-@reproducible
-@given(schedules, st.integers(1, 6), st.integers(1, 12), st.integers(0, 2))
-def test_the_bubbles_formula_is_what_a_simulation_gives(schedule: str, p: int, m: int, num_passes: int):
-    formula = bubble_fraction(p, m, 1.0, 2.0, num_passes)
-    assert simulated_bubble(schedule, p, m, num_passes) == pytest.approx([formula] * p, abs=1e-12)
-
-
-@pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize(
-    ("p", "m", "working"), [(2, 8, 0.930), (4, 8, 0.816), (4, 16, 0.899), (8, 16, 0.792), (8, 32, 0.884)]
+    ("table", "complaint"),
+    [("0F0 0B0\n1F0", "0B0 waits for 1B0"), ("0F0 0B0\n1T0 1F0 1B0", "1T0 waits for 0T0")],
 )
-def test_three_passes_one_after_the_other_as_in_design_4(schedule: str, p: int, m: int, working: float):
-    assert 1 - bubble_fraction(p, m, 1.0, 2.0, 2) == pytest.approx(working, abs=5e-4)
-    assert 1 - max(simulated_bubble(schedule, p, m, 2)) == pytest.approx(working, abs=5e-4)
+def test_an_order_that_waits_for_an_action_in_no_lane_is_refused(table: str, complaint: str):
+    with pytest.raises(ValueError, match=f"the table cannot run: {complaint}"):
+        written(table, "T" if "T" in table else "").rank_order([0, 1], 0)
 
 
 @reproducible
-@given(st.integers(1, 64), st.integers(1, 64), st.floats(0.01, 100), st.floats(0.01, 100))
-def test_without_passes_the_bubble_is_gpipes(p: int, m: int, forward: float, backward: float):
-    assert bubble_fraction(p, m, forward, backward, 0) == pytest.approx((p - 1) / (m + p - 1), rel=1e-12)
+@given(tables(), st.randoms(use_true_random=False))
+def test_a_table_without_one_of_its_actions_is_refused(table: ActionTable, random):
+    gone = random.choice(sorted(table.actions))
+    lanes = tuple(tuple(a for a in lane if a != gone) for lane in table.lanes)
+    rest = ActionTable("custom", lanes, table.passes, table.ahead)
+    if gone.kind == "R":  # a stage may recompute some micro-batches only
+        rest.check()
+    else:
+        with pytest.raises(ValueError, match=r"lacks|needs for micro-batch|0 actions"):
+            rest.check()
 
 
-def test_no_work_no_bubble():
-    assert bubble_fraction(4, 8, 0.0, 0.0, 2) == 0.0
+def test_csv_of_a_table():
+    table = action_table("td1f1b", 2, 2, "TD", ahead="T")
+    assert table.to_csv() == (
+        "# schedule=td1f1b passes=D ahead=T\n0D0,0D1,0F0,0F1,0T0,0T1,0B0,0B1\n1D0,1D1,1F0,1B0,1F1,1B1,1T0,1T1\n"
+    )
+    assert str(table) == "0D0 0D1 0F0 0F1 0T0 0T1 0B0 0B1\n1D0 1D1 1F0 1B0 1F1 1B1 1T0 1T1\n"
+
+
+@reproducible
+@given(tables())
+def test_csv_both_ways(table: ActionTable):
+    assert ActionTable.from_csv(table.to_csv()) == table
+
+
+def test_empty_cells_and_spaces_of_a_csv_are_waits():
+    table = ActionTable.from_csv("0F0,0F1,,,0B0, ,0B1\n,1F0, 1B0,1F1,1B1,,\n")
+    assert (table.schedule, table.passes, table.ahead) == ("custom", "", "")
+    assert str(table) == "0F0 0F1 0B0 0B1\n1F0 1B0 1F1 1B1\n"
+
+
+def test_a_cell_that_is_no_action_is_named_with_its_line():
+    with pytest.raises(ValueError, match="line 2 of the table: 'F0' is no action"):
+        ActionTable.from_csv("0F0,0B0\nF0,1B0\n")
+    with pytest.raises(ValueError, match="line 3 of the table: '1SEND_F0' is no action"):
+        ActionTable.from_csv("# schedule=x\n0F0,0B0\n1F0,1SEND_F0\n")
+
+
+def test_a_csv_that_cannot_run_is_refused():
+    with pytest.raises(ValueError, match="0B0 waits for 0F0"):
+        ActionTable.from_csv("0B0,0F0\n")
+
+
+@reproducible
+@given(tables())
+def test_with_and_without_what_is_ahead(table: ActionTable):
+    now, ahead = table.without_ahead(), table.only_ahead()
+    assert now.actions | ahead.actions == table.actions
+    assert not now.actions & ahead.actions
+    assert now.check().ahead == ""
+    assert {a.kind for a in ahead.actions} == set(table.ahead)
+    for before, lane in zip(table.lanes, now.lanes, strict=True):
+        assert lane == tuple(a for a in before if a in now.actions)
+    if table.ahead:
+        assert [sorted(a) for a in _orders(ahead, ahead.lane_of).values()] == [sorted(a) for a in ahead.lanes]
+
+
+def _orders(table: ActionTable, owners: Sequence[int]) -> Mapping[int, Sequence[Action]]:
+    return {rank: table.rank_order(owners, rank) for rank in sorted(set(owners))}
+
+
+@reproducible
+@given(tables())
+def test_a_rank_with_one_lane_runs_the_lanes_own_order(table: ActionTable):
+    assert tuple(_orders(table, table.lane_of).values()) == table.lanes
+
+
+@reproducible
+@given(tables(max_m=8), st.data())
+def test_the_orders_of_the_ranks_never_wait_for_each_other_in_a_ring(table: ActionTable, data: st.DataObject):
+    """Lanes on ranks in any way: all on one, in turn, or anyhow."""
+    ranks = data.draw(st.lists(st.integers(0, 3), min_size=len(table.lanes), max_size=len(table.lanes)))
+    owners = [ranks[lane] for lane in table.lane_of]
+    orders = _orders(table, owners)
+    assert sorted(a for order in orders.values() for a in order) == sorted(table.actions)
+    for lane, actions in enumerate(table.lanes):
+        on_lane = {stage for stage in range(table.num_stages) if table.lane_of[stage] == lane}
+        assert tuple(a for a in orders[ranks[lane]] if a.stage in on_lane) == actions, "each lane keeps its own order"
+    played = play(list(orders.values()), lambda a: [(needed, 0.0) for needed in table.needs[a]], lambda a: 1.0)
+    assert played.keys() == table.actions

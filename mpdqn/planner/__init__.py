@@ -1,0 +1,1 @@
+"""The planner: what a table costs before anything runs. Never imports torch."""
