@@ -33,7 +33,7 @@ from mpdqn.pipeline.runtime import Pipeline, Program, Values
 from mpdqn.pipeline.stage import build_stages
 from mpdqn.pipeline.stopwatch import Stopwatch
 from mpdqn.schedule import ActionTable, action_table
-from mpdqn.schedule.actions import FORWARD, Action
+from mpdqn.schedule.actions import FORWARD, RECOMPUTE, Action
 from mpdqn.timeline import Timeline
 
 LATE = "late"
@@ -180,6 +180,13 @@ class Learner:
         want = layout.num_stages, layout.num_microbatches, set(agent.letters)
         if have != want:
             raise ValueError(f"the table has (stages, m, passes) {have} but the plan and {agent.name} need {want}")
+        rerun = {a.stage for a in table.actions if a.kind == RECOMPUTE}
+        wanted = {j for j, kind in enumerate(self.plan.recompute) if kind == "all"}
+        if rerun != wanted:
+            raise ValueError(
+                f"the table runs the forward of stages {sorted(rerun)} again but the plan recomputes all of "
+                f"{sorted(wanted)}; make them agree"
+            )
         early = set(agent.frozen_letters) if self.config.lookahead else set()
         if not set(table.ahead) <= early:
             raise ValueError(

@@ -224,7 +224,13 @@ class Mesh:
         self.replica_groups = {stage: columns[stage] for stage in self.stages}
         self.pipeline_group = pipelines[self.replica] if self.member else pipelines[0]
         self.layout_group = world.group(plan.ranks)
-        self._kinds = {kind: world.message_group(kind) for kind in ("F", "B", *letters, LABELS, TD_ERRORS)}
+        # NCCL runs all messages of a pair in a group one after the other, whatever their direction: where stages of
+        # several chunks send both ways, a send could wait behind another that waits for it. gloo has no such order.
+        self._two_way = self.member and dist.get_backend(self.layout_group) == "nccl"
+        kinds = ("F", "B", *letters, LABELS, TD_ERRORS)
+        self._kinds = {(kind, False): world.message_group(kind) for kind in kinds}
+        if dist.get_backend() == "nccl":
+            self._kinds |= {(kind, True): world.message_group(f"{kind} to lower ranks") for kind in kinds}
         if self.member and dist.get_backend(self.layout_group) == "nccl":
             self._introduce()
 
@@ -236,7 +242,8 @@ class Mesh:
         """
         owners = self.plan.replica(self.replica)
         steps = list(itertools.pairwise(owners))
-        routes = [(kind, route) for kind in self._kinds for route in (*steps, *((b, a) for a, b in reversed(steps)))]
+        both_ways = (*steps, *((b, a) for a, b in reversed(steps)))
+        routes = [(kind, route) for kind in dict.fromkeys(kind for kind, _ in self._kinds) for route in both_ways]
         routes += [(LABELS, (owners[0], owners[-1])), (TD_ERRORS, (owners[-1], owners[0]))]
         number = torch.zeros(1, device=self.device)
         for kind, (source, to) in routes:
@@ -260,10 +267,13 @@ class Mesh:
         """The rank that holds ``stage`` in this replica."""
         return self.plan.replica(self.replica)[stage]
 
+    def _group_of(self, kind: str, source: int, to: int) -> dist.ProcessGroup:
+        return self._kinds[kind, self._two_way and source > to]
+
     def send(self, tensor: Tensor, to: int, kind: str) -> Message:
         """Start sending ``tensor`` (dense) to rank ``to``; keep the message until it was waited for."""
         self.bytes_sent += tensor.nbytes
-        group = self._kinds[kind]
+        group = self._group_of(kind, self.rank, to)
         # A rank of the world has the same number in a message group. dist.isend looks that up for every message.
         return self._start(
             lambda: group.send([tensor], to, 0), tensor, group, f"{self._me} could not send {kind} to rank {to}"
@@ -271,7 +281,7 @@ class Mesh:
 
     def receive(self, buffer: Tensor, source: int, kind: str) -> Message:
         """Start receiving into ``buffer`` (dense) from rank ``source``."""
-        group = self._kinds[kind]
+        group = self._group_of(kind, source, self.rank)
         return self._start(
             lambda: group.recv([buffer], source, 0), buffer, group, f"{self._me} got no {kind} from rank {source}"
         )

@@ -22,7 +22,10 @@ RECORDS = "records.jsonl"
 """The file of a run's folder that holds its records."""
 
 TRACES = "traces"
-"""The folder in a run's folder that holds its traces."""
+"""The subfolder of its timelines."""
+
+TABLES = "tables"
+"""The subfolder of the action tables that ran."""
 
 Value = float | int | str | bool | None | Sequence[float]
 

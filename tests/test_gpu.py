@@ -81,7 +81,7 @@ def test_the_main_job_on_the_gpu(tmp_path: Path) -> None:
     assert {record.settings["device"] for record in records} == {"cuda"}
     assert {record.settings["backend"] for record in records} == {"gloo" if devices == 1 else "nccl"}
     assert {record.row for record in records if record.settings["stacked"]} == {
-        *({"pp2-gpipe+stacked/m2", "pp2-1f1b+stacked/m2"} if devices == 1 else ()),
+        *({f"pp2-{name}+stacked/m2" for name in ("gpipe", "1f1b", "td1f1b")} if devices == 1 else ()),
         *({"dp2xpp2-1f1b+stacked/m2"} if devices < 4 else ()),
     }
     assert all(record.values["gradient_error"] < 5e-5 for record in records)  # type: ignore[operator]

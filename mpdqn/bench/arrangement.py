@@ -151,7 +151,10 @@ def check_parameters(layout: Layout, parameter_bytes: float, memory_bytes: float
 
 
 def _left_for_activations(layout: Layout, profile: Profile, cut: Partition, memory_bytes: float) -> list[float]:
-    """What parameters leave of a rank's memory, by lane; the lanes of a stacked replica share one rank's."""
+    """What parameters leave of a rank's memory, by lane; the lanes of a stacked replica share one rank's.
+
+    The buffers of messages, one of each cut's size for every micro-batch and pass, are not counted.
+    """
     plan = layout.plans(cut)[0]
     share = layout.pipeline if layout.stacked else 1
     left = []

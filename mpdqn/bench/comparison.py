@@ -128,12 +128,12 @@ def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
 
 
 def _late_note(row: Row) -> str:
-    """What a target refresh costs where passes run ahead."""
+    """What a target refresh costs where passes run ahead: seen at the first update, when nothing had been announced."""
     late, step = (statistics.median(row.known(key)) for key in ("late_pass_s", "step_s"))
     period = LearnerConfig().target_period
     return (
-        f"{row.name}: after a target refresh the passes that had to wait take {1e3 * late:.0f} ms, "
-        f"{late / (late + step * period):.1e} of the time at one refresh in {period} updates"
+        f"{row.name}: passes that could not run ahead took {1e3 * late:.0f} ms in the first update; after each target "
+        f"refresh, one in {period} updates, that would be {late / (late + step * period):.1e} of the time"
     )
 
 

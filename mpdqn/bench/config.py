@@ -56,9 +56,9 @@ class CompareConfig:
     recompute: Literal["none", "boundaries", "all", "auto"] = "none"
     """What every stage computes again in its backward to save memory; auto: as much as it takes to fit."""
     memory_limit: float = 0.0
-    """GiB that --recompute auto lets a rank use; 0 takes its share of what this machine has."""
+    """GiB that --recompute auto lets a rank's parameters and activations take; 0: its share of this machine's."""
     trace: bool = False
-    """Write what each rank did in the last two updates of each row: traces/*.json (Perfetto), .svg and .png."""
+    """Write what each rank does in two more updates of each row: traces/*.json (Perfetto), .svg and .png."""
     steps: int = 2
     """Updates timed in each round of a layout, after one to warm up."""
     rounds: int = 3

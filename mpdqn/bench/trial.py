@@ -40,7 +40,7 @@ from mpdqn.mesh import Mesh, World, launched_local_world_size
 from mpdqn.networks import MemoryFormat, choose_memory_format, set_memory_format
 from mpdqn.partition import profile
 from mpdqn.plan import Profile
-from mpdqn.records import RECORDS, TRACES, Record, Value, append_records, read_records
+from mpdqn.records import RECORDS, TABLES, TRACES, Record, Value, append_records, read_records
 from mpdqn.replay import VirtualShards
 from mpdqn.timeline import Timeline
 
@@ -119,6 +119,9 @@ class Trials:
             }
             (folder / "environment.json").write_text(json.dumps(about, indent=1, default=str) + "\n")
             (folder / "profile.json").write_text(self._profile.to_json() + "\n")
+            (folder / TABLES).mkdir()
+            for layout, arranged in self._arranged.items():
+                (folder / TABLES / f"{_file_name(layout)}.csv").write_text(arranged.table.to_csv())
         reference = self._reference()
         errors: dict[Layout, dict[str, Value]] = {}
         turns = [(r, layout) for r in range(self._config.rounds) for layout in self._job.layouts]
@@ -181,12 +184,13 @@ class Trials:
     def _measure_layers(self) -> Profile:
         """Memory format, as rank 0 finds it alone, and layer costs, on the cores that one rank of a pipeline has.
 
-        As many ranks as the widest pipeline with cores for all measure at the same time, and the mean is taken: beside
-        others that use the same memory a layer is slower, and not every layer by as much.
+        On the CPU as many ranks as the widest pipeline with cores for all measure at the same time, and the mean is
+        taken: beside others that use the same memory a layer is slower, and not every layer by as much.
         """
         pipelines = [layout for layout in self._job.layouts if layout.pipeline > 1]
         threads = min((layout.threads for layout in pipelines), default=self._num_cores)
-        beside = max((layout.ranks for layout in pipelines if layout.ranks * threads <= self._num_cores), default=1)
+        fitting = [layout.ranks for layout in pipelines if layout.ranks * threads <= self._num_cores]
+        beside = max(fitting, default=1) if self._world.device.type == "cpu" else 1
         pin(list(self._job.cores), threads, self._world.rank)
         network = self._job.make_network().to(self._world.device)
         frames = self._shards.sample(self._config.batch_size, 0).obs.to(self._world.device)
@@ -283,6 +287,7 @@ class Trials:
         measured: list[Timeline] = []
         if learner is not None:
             for update in range(3):
+                _synchronize(self._world.device)  # the clocks of host and device meet where the device is idle
                 self._learn(learner, layout, update)
                 measured.append(learner.timeline().moved(learner.stopwatch.origin, update))
         parts = [timeline for rank in self._world.to_first(measured) for timeline in rank[1:]]
@@ -290,9 +295,10 @@ class Trials:
             whole = Timeline.joined(parts)
             update_s = whole.busy(0, "optimizer") / 2
             (folder / TRACES).mkdir(exist_ok=True)
-            name = re.sub(r"[^\w.+-]+", "_", layout.name)
             simulated = self._arranged[layout].simulated(2, update_s)
-            (folder / TRACES / f"{name}.json").write_text(chrome_trace({"measured": whole, "simulated": simulated}))
+            (folder / TRACES / f"{_file_name(layout)}.json").write_text(
+                chrome_trace({"measured": whole, "simulated": simulated})
+            )
 
     def _learn(self, learner: Learner, layout: Layout, update: int) -> LearnStep:
         """One update on this replica's part of batch ``update``; its TD errors go back to the shards."""
@@ -383,6 +389,10 @@ def _relative_error(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
         return float("inf")
     difference = sum(float((a[name].double() - b[name].double()).square().sum()) for name in b)
     return float((difference / sum(float(t.double().square().sum()) for t in b.values())) ** 0.5)
+
+
+def _file_name(layout: Layout) -> str:
+    return re.sub(r"[^\w.+-]+", "_", layout.name)
 
 
 def _synchronize(device: torch.device) -> None:

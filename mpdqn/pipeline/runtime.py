@@ -2,8 +2,8 @@
 
 Each kind of pass (F/B online on obs, T target on next_obs, D online on next_obs) has stage objects of its own and a
 process group of its own. At the start of a step a rank posts every receive that it will need, in the order of the
-senders; then it runs its actions in the table's order, sends each result without waiting for it, and at the end sees to
-it that all has left:
+senders (on a GPU each when its action comes); then it runs its actions in the table's order, sends each result without
+waiting for it, and at the end sees to it that all has left:
 
     rank 0   post B0 B1 | 0T0 → 0T1 → 0F0 → 0F1 → wait B0, 0B0  wait B1, 0B1
     rank 1   post T0 T1 F0 F1 | wait T0, 1T0  wait T1, 1T1  wait F0, 1F0  …
@@ -101,7 +101,7 @@ class Pipeline:
             online: nn.Module = stage.online
             if recompute and recompute[stage.index] == "boundaries":
                 online = Checkpointed(stage.online)
-            if Action(stage.index, BACKWARD_INPUT, 0) in table.actions:
+            if any(a.stage == stage.index and a.kind == BACKWARD_INPUT for a in table.actions):
                 online = Owned(online)
             self._runners[FORWARD, stage.index] = _static_stage(mesh, stage, online, self._m, True)
             for letter, network in passes.items():
@@ -181,6 +181,8 @@ class Pipeline:
                     self._backward(action, losses.pop(i, None), leaving)
                 elif kind == BACKWARD_WEIGHT:
                     self._runners[FORWARD, stage].backward_weight_one_chunk(i)
+                elif stage == last_stage and action in program.rerun:
+                    pass  # nobody waits for its output: the input has come, and R does the rest
                 else:
                     q = self._forward(action, chunks.get(FORWARD if kind == RECOMPUTE else kind, ()), leaving, program)
                     if stage < last_stage or action in program.rerun:

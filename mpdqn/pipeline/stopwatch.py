@@ -23,12 +23,16 @@ class Stopwatch:
     def restart(self) -> None:
         """Begin a new step."""
         self._marks: list[tuple[str, int, int, float | torch.cuda.Event, float | torch.cuda.Event]] = []
+        self._origin = time.perf_counter()
         self._start = self._end = self.now()
 
     @property
     def origin(self) -> float:
-        """The start of the step in seconds of this host's clock, which all its processes share; 0 on a GPU."""
-        return 0.0 if isinstance(self._start, torch.cuda.Event) else self._start
+        """The start of the step in seconds of this host's clock, which all its processes share.
+
+        On a GPU that is when the host began, and the device's start only if it had nothing else to do.
+        """
+        return self._origin
 
     def now(self) -> float | torch.cuda.Event:
         """This moment, as `mark` takes it."""

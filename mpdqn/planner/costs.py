@@ -42,6 +42,8 @@ def action_times(profile: Profile, partition: Partition, letters: str, recompute
         again = forward if mode == BOUNDARIES else 0.0
         for kind in (FORWARD, RECOMPUTE, *letters):
             seconds[kind].append(forward)
+        if mode == ALL and stage == partition.num_stages - 1:
+            seconds[FORWARD][-1] = 0.0  # nobody waits for its output, so it runs once, as R
         seconds[BACKWARD].append(again + whole)
         seconds[BACKWARD_INPUT].append(again + for_input if stage else 0.0)
         seconds[BACKWARD_WEIGHT].append(again + (whole - for_input if stage else whole))

@@ -32,7 +32,7 @@ from mpdqn.schedule.times import play
 SEARCHED = "tdzb"
 """The schedule whose order is searched."""
 
-TEXTBOOK = (SEARCHED, "td1f1b")
+TEXTBOOK = ("zb_h1", "1f1b")
 """The schedules whose orders compete with the greedy ones: ZB-H1's and 1F1B's."""
 
 

@@ -180,7 +180,9 @@ def test_auto_recomputes_as_much_as_it_takes_to_fit(text: str) -> None:
     tight = arranged(text, recompute="auto", memory_bytes=0.8 * most, measured=measured)
     assert set(tight.plans[0].recompute) != {"none"}
     assert max(peaks(tight, measured)) <= 0.8 * most
-    assert tight.times.seconds["F"] == free.times.seconds["F"]
+    skipped = tight.plans[0].recompute[-1] == "all"  # the last stage then runs its forward once, as R
+    end = -1 if skipped else None
+    assert tight.times.seconds["F"][:end] == free.times.seconds["F"][:end]
 
 
 def test_parameters_leave_less_for_activations() -> None:

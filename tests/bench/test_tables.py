@@ -42,6 +42,7 @@ def record(
     assert isinstance(ranks, int)
     measured = {
         **{"transitions_per_s": 64 / step_s, "step_s": step_s, "bubble_measured": 0.0, "bubble_simulated": 0.0},
+        "late_pass_s": 0.0,
         **{"compute_s": [step_s] * ranks, "exchange_s": [0.0] * ranks, "optimizer_s": [0.0] * ranks},
         **{"bytes_sent": [0] * ranks, "peak_memory_bytes": [512 * MIB] * ranks},
         **{"gradient_error": 1.2e-7, "td_error_error": 3e-8},
