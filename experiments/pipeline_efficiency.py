@@ -1,6 +1,6 @@
 """A pipeline of two stages beside two independent processes that run the same micro-batches and never talk.
 
-    python -m experiments.pipeline_efficiency [--smoke]          about 6 minutes on 2 cores
+    python -m experiments.pipeline_efficiency [--smoke]          about 8 minutes on 2 cores
 
 The ratio is what cutting, bubble and messages leave of the two cores.
 """

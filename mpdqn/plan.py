@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Self
 
 
@@ -63,16 +63,6 @@ class Profile:
     def backward_ms(self) -> float:
         """Backward time of the whole network in ms."""
         return sum(layer.backward_ms for layer in self.layers)
-
-    @classmethod
-    def mean(cls, profiles: Sequence[Self]) -> Self:
-        """Several measurements of one network as one: the mean of each layer's times."""
-        times = ("forward_ms", "backward_input_ms", "backward_weight_ms")
-        layers = tuple(
-            replace(same[0], **{name: sum(getattr(layer, name) for layer in same) / len(same) for name in times})
-            for same in zip(*(profile.layers for profile in profiles), strict=True)
-        )
-        return replace(profiles[0], layers=layers)
 
     def to_json(self) -> str:
         """This profile as JSON text; `from_json` reads it back to an equal value."""

@@ -247,22 +247,3 @@ def test_a_plan_written_before_virtual_stages_and_recomputation_still_reads() ->
 def test_a_link_is_free_unless_told() -> None:
     assert Link() == Link(latency_s=0.0, bytes_per_s=math.inf, posted_ahead=True)
     assert hash(Link(latency_s=1e-4)) != hash(Link())
-
-
-def test_the_mean_of_profiles_averages_times_and_keeps_sizes() -> None:
-    def measured(forward_ms: float) -> Profile:
-        layer = LayerCost(
-            name="conv",
-            forward_ms=forward_ms,
-            backward_input_ms=2 * forward_ms,
-            backward_weight_ms=3 * forward_ms,
-            parameter_bytes=8,
-            activation_bytes=16,
-            boundary_bytes=32,
-        )
-        return Profile(
-            network="n", batch_size=4, device="cpu", threads=1, memory_format="contiguous", layers=(layer, layer)
-        )
-
-    assert Profile.mean([measured(1.0), measured(3.0)]) == measured(2.0)
-    assert Profile.mean([measured(1.5)]) == measured(1.5)

@@ -182,30 +182,21 @@ class Trials:
         return shards
 
     def _measure_layers(self) -> Profile:
-        """Memory format, as rank 0 finds it alone, and layer costs, on the cores that one rank of a pipeline has.
-
-        On the CPU as many ranks as the widest pipeline with cores for all measure at the same time, and the mean is
-        taken: beside others that use the same memory a layer is slower, and not every layer by as much.
-        """
-        pipelines = [layout for layout in self._job.layouts if layout.pipeline > 1]
-        threads = min((layout.threads for layout in pipelines), default=self._num_cores)
-        fitting = [layout.ranks for layout in pipelines if layout.ranks * threads <= self._num_cores]
-        beside = max(fitting, default=1) if self._world.device.type == "cpu" else 1
-        pin(list(self._job.cores), threads, self._world.rank)
-        network = self._job.make_network().to(self._world.device)
-        frames = self._shards.sample(self._config.batch_size, 0).obs.to(self._world.device)
-        part = frames[: max(1, len(frames) // self._config.num_microbatches)]
-        found = choose_memory_format(network, part, repeats=PROFILE_REPEATS) if self._first else "contiguous"
-        self._world.barrier()
-        set_memory_format(network, self._world.from_first(found))
+        """Memory format and layer costs as rank 0 measures them, on the cores that one rank of a pipeline has."""
         text = ""
-        if self._world.rank < beside:
+        if self._first:
+            pipelines = [layout for layout in self._job.layouts if layout.pipeline > 1]
+            threads = min((layout.threads for layout in pipelines), default=self._num_cores)
+            pin(list(self._job.cores), threads, 0)
+            network = self._job.make_network().to(self._world.device)
+            frames = self._shards.sample(self._config.batch_size, 0).obs.to(self._world.device)
+            part = frames[: max(1, len(frames) // self._config.num_microbatches)]
+            set_memory_format(network, choose_memory_format(network, part, repeats=PROFILE_REPEATS))
             text = profile(
                 network, part, name=self._job.network_name, repeats=PROFILE_REPEATS, accumulate=len(part) < len(frames)
             ).to_json()
         self._world.barrier()
-        profiles = [Profile.from_json(text) for text in self._world.to_first(text) if text]
-        return Profile.from_json(self._world.from_first(Profile.mean(profiles).to_json() if self._first else ""))
+        return Profile.from_json(self._world.from_first(text))
 
     def _memory_limit(self, layout: Layout) -> float:
         """Bytes that a rank of ``layout`` may use."""
