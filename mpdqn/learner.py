@@ -182,10 +182,10 @@ class Learner:
             raise ValueError(f"the table has (stages, m, passes) {have} but the plan and {agent.name} need {want}")
         rerun = {a.stage for a in table.actions if a.kind == RECOMPUTE}
         wanted = {j for j, kind in enumerate(self.plan.recompute) if kind == "all"}
-        if rerun != wanted:
+        if not wanted <= rerun:
             raise ValueError(
-                f"the table runs the forward of stages {sorted(rerun)} again but the plan recomputes all of "
-                f"{sorted(wanted)}; make them agree"
+                f"the plan recomputes all of stages {sorted(wanted)} but the table has an R only for {sorted(rerun)}; "
+                "add them or plan without"
             )
         early = set(agent.frozen_letters) if self.config.lookahead else set()
         if not set(table.ahead) <= early:

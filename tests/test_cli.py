@@ -18,8 +18,8 @@ import pytest
 from mpdqn.bench import compare as module
 from mpdqn.bench.trace import read_trace
 from mpdqn.cli import main
-from mpdqn.records import RECORDS, TRACES, Record, read_records
-from mpdqn.schedule import SCHEDULES
+from mpdqn.records import RECORDS, TABLES, TRACES, Record, read_records
+from mpdqn.schedule import SCHEDULES, ActionTable
 from mpdqn.timeline import Timeline
 
 ROOT = Path(__file__).parents[1]
@@ -126,7 +126,7 @@ def rows(folder: Path) -> dict[str, list[Record]]:
 
 def check_run(folder: Path, expected: list[str], rounds: int, traced: bool = False) -> None:
     """All files, all rows, in interleaved rounds, each exact."""
-    assert {path.name for path in folder.iterdir()} == FILES | ({TRACES} if traced else set())
+    assert {path.name for path in folder.iterdir()} == FILES | {TABLES} | ({TRACES} if traced else set())
     records = list(read_records(folder / RECORDS))
     assert [(r.round, r.row) for r in records] == [(i, name) for i in range(rounds) for name in expected]
     for record in records:
@@ -148,6 +148,8 @@ def check_run(folder: Path, expected: list[str], rounds: int, traced: bool = Fal
     about = json.loads((folder / "environment.json").read_text())
     assert about["environment"]["versions"]["torch"]
     assert json.loads((folder / "profile.json").read_text())["layers"]
+    tables = [ActionTable.from_csv(path.read_text()) for path in (folder / TABLES).iterdir()]
+    assert len(tables) == len(expected), "the table that each row ran"
     assert b"<svg" in (folder / "throughput.svg").read_bytes()
     assert (folder / "throughput.png").read_bytes().startswith(b"\x89PNG")
 
