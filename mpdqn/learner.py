@@ -34,10 +34,7 @@ from mpdqn.pipeline.stage import build_stages
 from mpdqn.pipeline.stopwatch import Stopwatch
 from mpdqn.schedule import ActionTable, action_table
 from mpdqn.schedule.actions import FORWARD, RECOMPUTE, Action
-from mpdqn.timeline import Timeline
-
-LATE = "late"
-"""The span of passes that ran on their own at the start of an update, because they could not run ahead."""
+from mpdqn.timeline import LATE, Timeline
 
 
 @dataclass(frozen=True, kw_only=True)

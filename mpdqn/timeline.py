@@ -10,6 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
+LATE = "late"
+"""The kind of a span around passes that ran on their own at the start of an update, since they could not run ahead."""
+
 
 @dataclass(frozen=True)
 class Span:

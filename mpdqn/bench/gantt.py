@@ -23,7 +23,7 @@ from matplotlib.patches import Patch
 
 from mpdqn.bench.plots import save
 from mpdqn.bench.tables import decimals
-from mpdqn.timeline import Span, Timeline
+from mpdqn.timeline import LATE, Span, Timeline
 
 # Okabe & Ito's palette, as in plots.py; the parts of a backward are as warm as the whole.
 COLORS = {
@@ -41,8 +41,6 @@ COLORS = {
 
 OTHER = ("#CCCCCC", "other")
 WAITING = ("#EFEFEF", "waiting")
-LATE = "late"
-"""The kind of a span around passes that a rank ran late."""
 
 _WIDTHS = (7.2, 14.0)  # of a figure, in inches
 _WIDE_ENOUGH = 9.0  # points; where short actions have narrower boxes, the figure gets wider

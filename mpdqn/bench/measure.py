@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 from mpdqn.bench.arrangement import Arrangement
-from mpdqn.learner import LATE
 from mpdqn.records import Value
-from mpdqn.timeline import Timeline
+from mpdqn.timeline import LATE, Timeline
 
 NO_WORK = ("exchange", "optimizer", LATE)
 """Kinds of spans in which no action runs; the late passes' own spans lie within theirs."""

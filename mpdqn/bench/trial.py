@@ -35,14 +35,14 @@ from mpdqn.bench.trace import chrome_trace
 from mpdqn.dqn.agents import make_agent
 from mpdqn.dqn.batch import Batch
 from mpdqn.environments import FRAMES_PER_ACTION
-from mpdqn.learner import LATE, Learner, LearnerConfig, LearnStep, gather_by_name
+from mpdqn.learner import Learner, LearnerConfig, LearnStep, gather_by_name
 from mpdqn.mesh import Mesh, World, launched_local_world_size
 from mpdqn.networks import MemoryFormat, choose_memory_format, set_memory_format
 from mpdqn.partition import profile
 from mpdqn.plan import Profile
 from mpdqn.records import RECORDS, TABLES, TRACES, Record, Value, append_records, read_records
 from mpdqn.replay import VirtualShards
-from mpdqn.timeline import Timeline
+from mpdqn.timeline import LATE, Timeline
 
 PROFILE_REPEATS = 9
 

@@ -4,8 +4,7 @@ import pytest
 
 from mpdqn.bench.arrangement import Arrangement
 from mpdqn.bench.measure import RankMeasurement, combine
-from mpdqn.learner import LATE
-from mpdqn.timeline import Span, Timeline
+from mpdqn.timeline import LATE, Span, Timeline
 from tests.bench.test_arrangement import arranged
 
 
