@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from experiments.peers.overhead_table import overhead_table
 from experiments.peers.torch_schedules import Step, raw_messages, torch_schedule
-from mpdqn.bench.cores import pin
 from mpdqn.bench.harness import Isolated, interleave
+from mpdqn.cores import pin
 from mpdqn.launch import launch
 from mpdqn.mesh import Mesh, World
 from mpdqn.pipeline.runtime import Pipeline

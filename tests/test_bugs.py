@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from mpdqn.bench.config import CompareConfig
-from mpdqn.bench.layouts import Layout
 from mpdqn.bench.single import random_batch
 from mpdqn.dqn.agents import double_dqn
+from mpdqn.layouts import Layout
 from mpdqn.learner import Learner, LearnerConfig
 from mpdqn.mesh import Mesh, World
 from mpdqn.networks import check_exactness, count_macs, make_network, set_memory_format

@@ -16,7 +16,7 @@ from experiments.peers.one_process import one_process
 from experiments.peers.task import Step, Task
 from experiments.peers.torch_pipelining import torch_pipelining
 from experiments.peers.torchgpipe_threads import torchgpipe_threads
-from mpdqn.bench.layouts import Layout
+from mpdqn.layouts import Layout
 
 YARDSTICK = "one process"
 """Plain PyTorch with all threads, as published: what every other contender is measured and checked against."""

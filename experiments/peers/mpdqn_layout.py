@@ -6,8 +6,8 @@ from torch import Tensor
 
 from experiments.peers.task import FRAMES, Step, Task
 from mpdqn.allocator import keep_freed_memory
-from mpdqn.bench.layouts import Layout
 from mpdqn.dqn.agents import dqn
+from mpdqn.layouts import Layout
 from mpdqn.learner import Learner, LearnerConfig
 from mpdqn.mesh import Mesh, World
 from mpdqn.networks import set_memory_format

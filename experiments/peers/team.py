@@ -25,8 +25,8 @@ from multiprocessing.connection import Connection, wait
 import torch.distributed as dist
 
 from experiments.peers.task import Step
-from mpdqn.bench.cores import pin
 from mpdqn.bench.harness import Isolated
+from mpdqn.cores import pin
 
 SILENCE_S = 600.0
 """How long a rank may take for its start or a turn before it counts as hanging."""

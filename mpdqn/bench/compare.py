@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mpdqn.bench.arrangement import NothingFits
+from mpdqn.arrangement import NothingFits
 from mpdqn.bench.comparison import compare_table
 from mpdqn.bench.config import CompareConfig, check
 from mpdqn.bench.report import read_run, write_report

@@ -12,11 +12,11 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from mpdqn.bench.arrangement import check_parameters
-from mpdqn.bench.layouts import Layout, default_layouts
+from mpdqn.arrangement import check_parameters
 from mpdqn.dqn.agents import make_agent
 from mpdqn.environments import EnvironmentSpec, environment_spec
 from mpdqn.launch import check_port
+from mpdqn.layouts import Layout, default_layouts
 from mpdqn.mesh import (
     check_device,
     check_world_size,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from mpdqn.bench.arrangement import Arrangement
+from mpdqn.arrangement import Arrangement
 from mpdqn.records import Value
 from mpdqn.timeline import LATE, Timeline
 

@@ -25,16 +25,16 @@ from tqdm import tqdm
 
 from mpdqn.actors import collect
 from mpdqn.allocator import keep_freed_memory
-from mpdqn.bench.arrangement import Arrangement, NothingFits
+from mpdqn.arrangement import Arrangement, NothingFits
 from mpdqn.bench.config import Job
-from mpdqn.bench.cores import memory_per_rank, peak_memory, pin, reset_peak_memory
 from mpdqn.bench.costs import cost_table
-from mpdqn.bench.layouts import Layout
 from mpdqn.bench.measure import RankMeasurement, combine
 from mpdqn.bench.trace import chrome_trace
+from mpdqn.cores import memory_per_rank, peak_memory, pin, reset_peak_memory
 from mpdqn.dqn.agents import make_agent
 from mpdqn.dqn.batch import Batch
 from mpdqn.environments import FRAMES_PER_ACTION
+from mpdqn.layouts import Layout
 from mpdqn.learner import Learner, LearnerConfig, LearnStep, gather_by_name
 from mpdqn.mesh import Mesh, World, launched_local_world_size
 from mpdqn.networks import MemoryFormat, choose_memory_format, set_memory_format

@@ -6,9 +6,8 @@ to know about one, for checks before any worker starts. Today the names are Atar
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
-from mpdqn.environments.atari import FRAMES_PER_ACTION, AtariEnvironment, find_game, game_spec
+from mpdqn.environments.atari import FRAMES_PER_ACTION, STACK, AtariEnvironment, find_game, game_spec
+from mpdqn.environments.spec import EnvironmentSpec
 
 __all__ = [
     "FRAMES_PER_ACTION",
@@ -18,13 +17,6 @@ __all__ = [
     "find_game",
     "make_environment",
 ]
-
-
-class EnvironmentSpec(NamedTuple):
-    """What a network must know: ``observation_shape`` (C, H, W) of the uint8 frames, and ``num_actions``."""
-
-    observation_shape: tuple[int, int, int]
-    num_actions: int
 
 
 def make_environment(
@@ -53,4 +45,8 @@ def environment_spec(name: str) -> EnvironmentSpec:
     Raises:
         ValueError: for a name that is no game; the nearest one is offered.
     """
-    return EnvironmentSpec(*game_spec(find_game(name)))
+    game = find_game(name)
+    shape, num_actions = game_spec(game)
+    return EnvironmentSpec(
+        name=game, observation_shape=shape, num_actions=num_actions, stack=STACK, frames_per_action=FRAMES_PER_ACTION
+    )

@@ -166,7 +166,9 @@ def test_a_frame_shape_that_the_zoo_cannot_take(monkeypatch: pytest.MonkeyPatch,
     from mpdqn.bench import config
     from mpdqn.environments import EnvironmentSpec
 
-    monkeypatch.setattr(config, "environment_spec", lambda name: EnvironmentSpec((4, 8, 8), 6))
+    monkeypatch.setattr(
+        config, "environment_spec", lambda name: EnvironmentSpec(name=name, observation_shape=(4, 8, 8), num_actions=6)
+    )
     with pytest.raises(ValueError, match=r"8"):
         check(CompareConfig(network="nature", out=tmp_path))
 
@@ -213,7 +215,7 @@ def test_a_good_configuration_becomes_a_job(tmp_path: Path) -> None:
     assert [row.name for row in job.layouts] == ["dp2", "pp2-1f1b/m2"], "each row once"
     assert job.num_ranks == 2
     assert job.network_name == "nature"
-    assert job.spec == ((4, 84, 84), 6)
+    assert (job.spec.observation_shape, job.spec.num_actions) == ((4, 84, 84), 6)
     assert job.cores == tuple(sorted(os.sched_getaffinity(0)))
     first, second = job.make_network(), job.make_network()
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))

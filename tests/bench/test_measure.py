@@ -2,7 +2,7 @@
 
 import pytest
 
-from mpdqn.bench.arrangement import Arrangement
+from mpdqn.arrangement import Arrangement
 from mpdqn.bench.measure import RankMeasurement, combine
 from mpdqn.timeline import LATE, Span, Timeline
 from tests.bench.test_arrangement import arranged

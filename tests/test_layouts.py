@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpdqn.bench.layouts import Layout, default_layouts
+from mpdqn.layouts import Layout, default_layouts
 from mpdqn.plan import Partition
 from mpdqn.schedule import SCHEDULES
 

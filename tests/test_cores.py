@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mpdqn.bench.cores import memory_per_rank
+from mpdqn.cores import memory_per_rank
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,7 +31,7 @@ PIN = """
 import json, os, threading
 from pathlib import Path
 import torch
-from mpdqn.bench.cores import pin
+from mpdqn.cores import pin
 
 cores = sorted(os.sched_getaffinity(0))
 torch.set_num_threads(len(cores))
@@ -66,7 +66,7 @@ def test_every_thread_is_moved_to_the_ranks_own_cores() -> None:
 
 MEMORY = """
 import json, torch
-from mpdqn.bench.cores import peak_memory, reset_peak_memory
+from mpdqn.cores import peak_memory, reset_peak_memory
 
 device, size = torch.device("{device}"), 256 * 2**20
 torch.empty(1, device=device)

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 
-from mpdqn.bench.arrangement import Arrangement, NothingFits, check_parameters, scaled
-from mpdqn.bench.layouts import Layout
+from mpdqn.arrangement import Arrangement, NothingFits, check_parameters, scaled
 from mpdqn.dqn.agents import double_dqn, dqn
+from mpdqn.layouts import Layout
 from mpdqn.plan import LayerCost, Profile
 from mpdqn.planner.costs import activation_bytes
 from mpdqn.planner.simulate import peak_activations

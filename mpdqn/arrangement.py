@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-from mpdqn.bench.layouts import Layout
 from mpdqn.dqn.agents import Agent
+from mpdqn.layouts import Layout
 from mpdqn.partition import balance
 from mpdqn.plan import RECOMPUTATION, Partition, Plan, Profile
 from mpdqn.planner.costs import action_times, stages_run_again
