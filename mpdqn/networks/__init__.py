@@ -5,7 +5,7 @@ user's. Every network takes uint8 frames ``[B, C, H, W]``, scales them itself an
 ``network[a:b]`` is a stage; its parameters keep their global names.
 """
 
-from mpdqn.networks.count import count_macs, count_parameters
+from mpdqn.networks.count import count_layer_macs, count_macs, count_parameters
 from mpdqn.networks.exactness import check_exactness
 from mpdqn.networks.heads import Head
 from mpdqn.networks.impala import Pooling
@@ -23,6 +23,7 @@ __all__ = [
     "as_chain",
     "check_exactness",
     "choose_memory_format",
+    "count_layer_macs",
     "count_macs",
     "count_parameters",
     "initialize",
