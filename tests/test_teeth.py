@@ -21,6 +21,7 @@ from mpdqn.launch import launch
 from mpdqn.learner import Learner
 from mpdqn.mesh import Mesh, World
 from mpdqn.pipeline import runtime
+from mpdqn.pipeline.labels import LabelExchange
 from mpdqn.pipeline.runtime import Pipeline, Program, Values, _StaticStage
 from mpdqn.pipeline.stage import Stage
 from mpdqn.replay import VirtualShards
@@ -145,17 +146,15 @@ def target_that_shares_the_online_weights() -> Any:
 
 def swapped_microbatch() -> Any:
     """The labels of two micro-batches change places."""
-    import mpdqn.learner as learner
+    real = agents.Labels.rows
 
-    real = learner._rows
-
-    def swapped(labels: agents.Labels, rows: slice) -> agents.Labels:
-        size = rows.stop - rows.start
-        i = rows.start // size
+    def swapped(self: agents.Labels, start: int, stop: int) -> agents.Labels:
+        size = stop - start
+        i = start // size
         other = {0: 1, 1: 0}.get(i, i)
-        return real(labels, slice(other * size, (other + 1) * size))
+        return real(self, other * size, (other + 1) * size)
 
-    return patch.object(learner, "_rows", swapped)
+    return patch.object(agents.Labels, "rows", swapped)
 
 
 def swapped_values() -> Any:
@@ -210,8 +209,8 @@ def gradients_kept_from_the_last_update() -> Any:
 
 
 def td_errors_in_reverse() -> Any:
-    real = Learner._return_td_errors
-    return patch.object(Learner, "_return_td_errors", lambda self, parts: real(self, parts[::-1]))
+    real = LabelExchange.return_td_errors
+    return patch.object(LabelExchange, "return_td_errors", lambda self, parts: real(self, parts[::-1]))
 
 
 def gradient_in_another_memory_format() -> Any:
@@ -382,16 +381,13 @@ def soft_update_the_other_way_round() -> Any:
 
 
 def labels_of_the_first_part_for_all() -> Any:
-    import mpdqn.learner as learner
+    real = agents.Labels.rows
 
-    real = learner._rows
+    def first_part(self: agents.Labels, start: int, stop: int) -> agents.Labels:
+        first = start % (len(self.action) // 2)
+        return real(self, first, first + stop - start)
 
-    def first_part(labels: agents.Labels, rows: slice) -> agents.Labels:
-        part = len(labels.action) // 2
-        first = rows.start % part
-        return real(labels, slice(first, first + rows.stop - rows.start))
-
-    return patch.object(learner, "_rows", first_part)
+    return patch.object(agents.Labels, "rows", first_part)
 
 
 def frames_of_the_first_part_for_all() -> Any:
