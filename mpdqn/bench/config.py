@@ -29,6 +29,7 @@ from mpdqn.networks import NetworkFunction, load_network
 from mpdqn.plan import RECOMPUTATION
 from mpdqn.records import Environment
 from mpdqn.schedule import SCHEDULES
+from mpdqn.train.config import check_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,8 +45,8 @@ class CompareConfig:
     head: Literal["plain", "dueling"] | None = None
     """Head of the network; default: the agent's."""
     agent: str = "double_dqn"
-    """dqn, double_dqn, dueling_dqn, prioritized_dqn, c51, noisy_dqn, rainbow, dopamine_rainbow, munchausen_dqn, hl_gauss
-    or decqn (docs/agents.md); prioritized ones are compared on uniform batches."""
+    """dqn, double_dqn, dueling_dqn, prioritized_dqn, c51, noisy_dqn, rainbow, dopamine_rainbow, munchausen_dqn,
+    hl_gauss or decqn (docs/agents.md); prioritized ones are compared on uniform batches."""
     batch_size: int = 64
     """Transitions in an update, over all replicas."""
     num_microbatches: int = 8
@@ -202,7 +203,7 @@ def check(config: CompareConfig, network: str | NetworkFunction | None = None, l
             "--lookahead 1",
             stacklevel=2,
         )
-    _check_writable(config.out)
+    check_writable(config.out)
     if world_size is None:
         check_port(config.port)
     return job
@@ -218,13 +219,3 @@ def _load(config: CompareConfig, network: str | NetworkFunction, spec: Environme
 def _name(network: str | NetworkFunction, width: float | None) -> str:
     name = network if isinstance(network, str) else getattr(network, "__name__", type(network).__name__)
     return f"{name} ×{width:g}" if width is not None else name
-
-
-def _check_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from error
