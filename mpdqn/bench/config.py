@@ -44,8 +44,8 @@ class CompareConfig:
     head: Literal["plain", "dueling"] | None = None
     """Head of the network; default: the agent's."""
     agent: str = "double_dqn"
-    """dqn, double_dqn, dueling_dqn, prioritized_dqn, c51, noisy_dqn, rainbow, dopamine_rainbow, munchausen_dqn, hl_gauss
-    or decqn (docs/agents.md); prioritized ones are compared on uniform batches."""
+    """dqn, double_dqn, dueling_dqn, prioritized_dqn, c51, noisy_dqn, rainbow, dopamine_rainbow, munchausen_dqn,
+    hl_gauss or decqn (docs/agents.md), on uniform batches."""
     batch_size: int = 64
     """Transitions in an update, over all replicas."""
     num_microbatches: int = 8
