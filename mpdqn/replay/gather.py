@@ -10,7 +10,7 @@ of the same stack + 1:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -30,51 +30,69 @@ def gather(parts: Sequence[tuple[Shard, NDArray[np.int64]]], weight: Tensor | No
     ``weight`` [B] float32 are the importance weights, 1 if None. ``obs`` and ``next_obs`` may share memory: write to
     neither.
     """
-    first = parts[0][0]
-    stack, n = first.stack, first.n_step
-    count = sum(len(index) for _, index in parts)
-    step, action = np.empty(count, np.int32), np.empty((count, *first.action_shape), np.int64)
-    reward = np.empty((count, n), np.float32)
-    terminated, truncated = np.empty((count, n), np.bool_), np.empty((count, n), np.bool_)
-    begin = 0
-    for shard, index in parts:
-        part = slice(begin, begin := begin + len(index))
-        shard.read_steps(index, step[part], action[part], reward[part], terminated[part], truncated[part])
+    like = parts[0][0]
+    stack, n, channels = like.stack, like.n_step, like.frame_shape[0]
+    index = np.concatenate([part for _, part in parts])
+    count = len(index)
+    position, env = np.divmod(index, like.num_envs)
+    ring, at = (env * like.length)[:, None], position[:, None]
 
-    done = (terminated | truncated).astype(np.int64)
+    steps = np.empty((count, n), like.records.dtype)
+    rows = ring + (at + np.arange(n)) % like.length
+    for shard, part in _slices(parts):
+        np.take(shard.records, rows[part], 0, steps[part], mode="clip")  # "raise" would go through a copy
+    terminated = steps["terminated"]
+    done = terminated | steps["truncated"]
     taken = done.cumsum(1) - done == 0  # [B, n]: step i was taken, as the episode did not end before it
     num_steps = taken.sum(1)
-    clipped = np.clip(reward, -1.0, 1.0) if first.clip_rewards else reward
+    reward = steps["reward"].astype(np.float64)
+    if like.clip_rewards:
+        reward = np.clip(reward, -1.0, 1.0)
     returns = np.zeros(count)
     for i in range(n):
-        returns += first.discounts[i] * clipped[:, i].astype(np.float64) * taken[:, i]
-    discount = first.discounts[num_steps] * ~(terminated & taken).any(1)
+        returns += like.discounts[i] * reward[:, i] * taken[:, i]
+    discount = like.discounts[num_steps] * ~(terminated & taken).any(1)
 
-    back = np.arange(1 - stack, 1)
     if n == 1:
-        offsets, next_at = np.broadcast_to(np.arange(1 - stack, 2), (count, stack + 1)), 1
+        offsets, skip = np.arange(1 - stack, 2)[None], 1
     else:
-        offsets = np.concatenate([np.broadcast_to(back, (count, stack)), num_steps[:, None] + back], axis=1)
-        next_at = stack
-    frames = torch.empty(count, offsets.shape[1], *first.frame_shape, dtype=torch.uint8)
+        back = np.broadcast_to(np.arange(1 - stack, 1), (count, stack))
+        offsets, skip = np.concatenate([back, num_steps[:, None] + back], axis=1), stack
+    frames = torch.empty(count, offsets.shape[1], *like.frame_shape, dtype=torch.uint8)
     pixels = frames.numpy()
-    begin = 0
-    for shard, index in parts:
-        part = slice(begin, begin := begin + len(index))
-        shard.read_frames(index, offsets[part], pixels[part])
-    before = step[:, None] + offsets < 0  # frames of before the episode
+    rows = ring + (at + offsets) % like.length
+    for shard, part in _slices(parts):
+        np.take(shard.frames, rows[part], 0, pixels[part], mode="clip")
+    before = steps["step"][:, :1] + offsets < 0  # frames of before the episode
     if before.any():
         pixels[before] = 0
 
     stacks = frames.flatten(1, 2)
-    channels = stack * first.frame_shape[0]
-    skip = next_at * first.frame_shape[0]
     return Batch(
-        obs=stacks[:, :channels],
-        next_obs=stacks[:, skip : skip + channels],
-        action=torch.from_numpy(action),
+        obs=stacks[:, : stack * channels],
+        next_obs=stacks[:, skip * channels : (skip + stack) * channels],
+        action=torch.from_numpy(steps["action"][:, 0].copy()),
         reward=torch.from_numpy(returns.astype(np.float32)),
         discount=torch.from_numpy(discount.astype(np.float32)),
         weight=torch.ones(count) if weight is None else weight,
-        index=torch.from_numpy(np.concatenate([index for _, index in parts])),
+        index=torch.from_numpy(index),
     )
+
+
+def index_of(parts: Sequence[tuple[Shard, NDArray[np.int64]]]) -> NDArray[np.int64]:
+    """The names of the transitions whose rows [B_s] in each shard are given, joined; all shards are built alike.
+
+    A name is position · E + environment: unlike a row's number, it is never given to another transition.
+    """
+    like = parts[0][0]
+    env, place = np.divmod(np.concatenate([rows for _, rows in parts]), like.length)
+    newest = np.concatenate([shard.written.take(env[part]) for shard, part in _slices(parts)]) - 1
+    index: NDArray[np.int64] = (newest - (newest - place) % like.length) * like.num_envs + env
+    return index
+
+
+def _slices(parts: Sequence[tuple[Shard, NDArray[np.int64]]]) -> Iterator[tuple[Shard, slice]]:
+    """Where each shard's part lies in what is joined."""
+    begin = 0
+    for shard, part in parts:
+        yield shard, slice(begin, begin := begin + len(part))

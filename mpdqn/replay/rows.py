@@ -7,8 +7,11 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tensordict import MemoryMappedTensor
 from torch import Tensor
 
@@ -27,6 +30,18 @@ def frame_rows(shape: Sequence[int], directory: Path | None) -> Tensor:
         return file
     pages = mmap.mmap(-1, torch.Size(shape).numel(), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=torch.uint8).view(*shape)
+
+
+def field_rows(rows: int, action_shape: tuple[int, ...]) -> tuple[NDArray[Any], dict[str, Tensor]]:
+    """What ``rows`` rows hold beside their frames: as records, which one read collects, and field by field.
+
+    Both are views of the same memory; a record has 24 bytes, and 8 more for each further dimension of an action.
+    """
+    numbers = (("action", np.int64, action_shape), ("reward", np.float32), ("step", np.int32), ("td_error", np.float32))
+    record = np.dtype([*numbers, ("terminated", np.bool_), ("truncated", np.bool_)], align=True)
+    records = np.zeros(rows, record)
+    assert record.names is not None
+    return records, {name: torch.from_numpy(records[name]) for name in record.names}
 
 
 def reserve(sizes: Mapping[Path, int]) -> None:

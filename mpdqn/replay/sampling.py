@@ -1,7 +1,7 @@
 """Which rows of a shard can be drawn, and how often: uniformly, or in proportion to priorities.
 
 A row *enters* when its transition is complete and *leaves* when the ring takes its frames. Both samplers know rows only
-by number; what is drawn depends on the rows that are in and on the generator, on nothing else.
+by number; what is drawn depends on the rows that are in and on the stream's name, on nothing else.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Generator, Tensor
+from torch import Tensor
 
 # TorchRL exports the trees that its PrioritizedSampler draws with. The sampler itself cannot serve: none of its rows
 # can be kept out of a draw (epsilon is added to every priority), its mass is drawn from as a whole and not in slices,
@@ -19,8 +19,11 @@ from torch import Generator, Tensor
 from torchrl.data.replay_buffers.samplers import MinSegmentTreeFp64, SumSegmentTreeFp64
 
 from mpdqn.dqn.prioritization import Prioritization
+from mpdqn.randomness import keyed_bytes
 
 Rows = NDArray[np.int64]
+Key = tuple[str | int, ...]
+"""Name of a random stream."""
 
 
 class Sampler(Protocol):
@@ -35,7 +38,7 @@ class Sampler(Protocol):
     def leave(self, rows: Rows) -> None:
         """``rows``, all different, can no longer be drawn; those that are out already stay so."""
 
-    def draw(self, count: int, generator: Generator) -> tuple[Rows, NDArray[np.float64] | None]:
+    def draw(self, count: int, key: Key) -> tuple[Rows, NDArray[np.float64] | None]:
         """``count`` rows [count] with replacement, and each one's share of the shard's mass (None: all the same)."""
 
     def update(self, rows: Rows, magnitudes: NDArray[np.float64]) -> None:
@@ -81,18 +84,17 @@ class UniformSampler:
         self.count -= int(self._in[rows].sum())
         self._in[rows] = False
 
-    def draw(self, count: int, generator: Generator) -> tuple[Rows, None]:
+    def draw(self, count: int, key: Key) -> tuple[Rows, None]:
         """See `Sampler`."""
-        chosen: list[Rows] = []
-        missing = count
-        while missing:  # few of the rows within reach are out; a number that falls on one of them is drawn again
-            u = torch.rand(count, dtype=torch.float64, generator=generator).numpy()
-            place = (u * (self._num_envs * self._reach)).astype(np.int64)
-            rows = place // self._reach * self._length + place % self._reach
-            rows = rows[self._in[rows]][:missing]
-            chosen.append(rows)
-            missing -= len(rows)
-        return chosen[0] if len(chosen) == 1 else np.concatenate(chosen), None
+        rows = self._candidates(count, (*key, 0))
+        is_in = self._in.take(rows)
+        again = 0
+        while not is_in.all():  # few of the rows within reach are out; a number that falls on one is drawn again
+            again += 1
+            out = ~is_in
+            rows[out] = self._candidates(int(out.sum()), (*key, again))
+            is_in = self._in.take(rows)
+        return rows, None
 
     def update(self, rows: Rows, magnitudes: NDArray[np.float64]) -> None:
         """Nothing depends on them."""
@@ -107,6 +109,12 @@ class UniformSampler:
         rows = self._in.nonzero()[0]
         self.count = len(rows)
         self._reach_for(rows)
+
+    def _candidates(self, count: int, key: Key) -> Rows:
+        place = (_uniform(count, key) * (self._num_envs * self._reach)).astype(np.int64)
+        ring, offset = np.divmod(place, self._reach)
+        rows: Rows = ring * self._length + offset
+        return rows
 
     def _reach_for(self, rows: Rows) -> None:
         """While the rings fill for the first time, draws reach no further than the newest row that ever was in."""
@@ -147,14 +155,15 @@ class ProportionalSampler:
             self._min[rows] = self._min.identity_element
             self.count -= len(rows)
 
-    def draw(self, count: int, generator: Generator) -> tuple[Rows, NDArray[np.float64]]:
+    def draw(self, count: int, key: Key) -> tuple[Rows, NDArray[np.float64]]:
         """See `Sampler`."""
         total = self._total
-        u = torch.rand(count, dtype=torch.float64, generator=generator).numpy()
-        mass = (np.arange(1, count + 1) - u) * (total / count)  # slice i is (i, i+1]·total/count: never 0
+        mass = (np.arange(1, count + 1) - _uniform(count, key)) * (
+            total / count
+        )  # slice i is (i, i+1]·total/count: never 0
         rows = self._sum.scan_lower_bound(np.minimum(mass, total))
         # Where the tree's rounded sums leave a crumb of mass beside the last row of a branch, that row is meant.
-        while not (priority := self._priority[rows]).all():
+        while not (priority := self._priority.take(rows)).all():
             rows = np.where(priority > 0, rows, rows - 1)
         return rows, priority / total
 
@@ -197,3 +206,8 @@ class ProportionalSampler:
         self._priority[rows] = priority
         self._sum[rows] = priority
         self._min[rows] = priority
+
+
+def _uniform(count: int, key: Key) -> NDArray[np.float64]:
+    """``count`` numbers in [0, 1), multiples of 2⁻⁵³, from the stream ``key``."""
+    return (np.frombuffer(keyed_bytes(8 * count, *key), "<u8") >> 11).astype(np.float64) * 2.0**-53

@@ -29,26 +29,15 @@ from torchrl.data import TensorStorage
 
 from mpdqn.dqn.batch import Batch
 from mpdqn.dqn.prioritization import Prioritization
-from mpdqn.randomness import keyed_seed
-from mpdqn.replay.gather import gather
-from mpdqn.replay.rows import frame_rows
+from mpdqn.replay.gather import gather, index_of
+from mpdqn.replay.rows import field_rows, frame_rows
 from mpdqn.replay.sampling import Rows, make_sampler
-
-FIELDS = {
-    "action": torch.int64,
-    "reward": torch.float32,
-    "terminated": torch.bool,
-    "truncated": torch.bool,
-    "step": torch.int32,
-    "td_error": torch.float32,
-}
-"""What a row holds beside its frame."""
 
 
 class Shard:
     """A ring of single frames for the E environments of one virtual shard, sampled as stacks and n-step returns.
 
-    The rows live in one TorchRL storage. A row costs one frame (7,056 bytes for Atari) and 23 bytes for its fields;
+    The rows live in one TorchRL storage. A row costs one frame (7,056 bytes for Atari) and 25 bytes for its fields;
     with priorities 7 bytes more, and 32 to 64 bytes for the two trees that are drawn with. Rewards are stored as the
     environment gave them.
 
@@ -95,22 +84,21 @@ class Shard:
         # γ⁰ … γⁿ by the definition, so that a reference can be equal and not merely close.
         self.discounts = np.array([discount**k for k in range(n_step + 1)])
         self._seed = seed
-        self._length = rows // num_envs
-        self._fields = {"frame": frame_rows(frames, directory)}
-        for name, dtype in FIELDS.items():
-            shape = (rows, *action_shape) if name == "action" else (rows,)
-            self._fields[name] = torch.zeros(shape, dtype=dtype)
+        self.length = rows // num_envs  # L
+        frame = frame_rows(frames, directory)
+        self.records, fields = field_rows(rows, action_shape)
+        self._fields = {"frame": frame} | fields
         self._fields["td_error"].fill_(torch.nan)  # |δ|, unknown until it is returned
         self.storage = TensorStorage(TensorDict(self._fields, batch_size=[rows]))
-        self._sampler = make_sampler(num_envs, self._length, prioritization)
+        self._sampler = make_sampler(num_envs, self.length, prioritization)
         self._cursors = {
             "written": torch.zeros(num_envs, dtype=torch.int64),  # rows ever written: the position of the next one
             "episode_step": torch.zeros(num_envs, dtype=torch.int64),  # steps since the episode began
             "num_inserted": torch.zeros(1, dtype=torch.int64),
         }
         # Views of the same memory: a step of few environments is many small operations, and numpy's start sooner.
-        self._arrays = {name: tensor.numpy() for name, tensor in self._fields.items()}
-        self._written, self._step, self._inserted = (tensor.numpy() for tensor in self._cursors.values())
+        self.frames = frame.numpy()
+        self.written, self._step, self._inserted = (tensor.numpy() for tensor in self._cursors.values())
         self._everyone = np.arange(num_envs)
 
     def __len__(self) -> int:
@@ -150,11 +138,11 @@ class Shard:
         """
         env = self._everyone
         row = self._begin_rows(env, observation.numpy())
-        arrays = self._arrays
-        arrays["action"][row] = action.numpy()
-        arrays["reward"][row] = reward.numpy()
-        arrays["terminated"][row] = ended_by_rule = terminated.numpy()
-        arrays["truncated"][row] = cut_short = truncated.numpy()
+        records = self.records
+        records["action"][row] = action.numpy()
+        records["reward"][row] = reward.numpy()
+        records["terminated"][row] = ended_by_rule = terminated.numpy()
+        records["truncated"][row] = cut_short = truncated.numpy()
         # This row completes the return of the transition n steps before it.
         self._complete(env, self.n_step)
         self._end_rows(env)
@@ -163,7 +151,7 @@ class Shard:
         if len(ended):
             row = self._begin_rows(ended, next_observation.numpy()[ended])
             for name in ("action", "reward", "terminated", "truncated"):
-                arrays[name][row] = 0
+                self.records[name][row] = 0
             # An episode's last row completes all transitions that are still open, as they get no further steps.
             for steps in range(1, self.n_step + 1):
                 self._complete(ended, steps)
@@ -178,8 +166,8 @@ class Shard:
         """
         self._step.fill(0)
 
-    def draw(self, count: int, update: int) -> tuple[NDArray[np.int64], NDArray[np.float64] | None]:
-        """Indices [count] of transitions, with replacement, and each one's share of the shard's mass (None: uniform).
+    def draw(self, count: int, update: int) -> tuple[Rows, NDArray[np.float64] | None]:
+        """Rows [count] of transitions, with replacement, and each one's share of the shard's mass (None: uniform).
 
         They come from the stream of (seed, shard, ``update``): the same call on the same content gives the same draw.
 
@@ -191,48 +179,18 @@ class Shard:
             raise ValueError(
                 f"{count} transitions are asked of shard {self.index} but {available} can be sampled; collect first"
             )
-        generator = torch.Generator().manual_seed(keyed_seed("sampling", self._seed, self.index, update))
-        rows, share = self._sampler.draw(count, generator)
-        env, place = rows // self._length, rows % self._length
-        newest = self._written[env] - 1
-        return (newest - (newest - place) % self._length) * self.num_envs + env, share
+        return self._sampler.draw(count, ("sampling", self._seed, self.index, update))
 
     def sample(self, count: int, update: int) -> Batch:
         """`draw` and `gather`.
 
         Returns are float32, ``index`` names a transition for `return_td_errors` even after the ring has moved on.
         """
-        return self.gather(torch.from_numpy(self.draw(count, update)[0]))
+        return self.gather(torch.from_numpy(index_of([(self, self.draw(count, update)[0])])))
 
     def gather(self, index: Tensor) -> Batch:
         """The transitions that ``index`` [B] int64 names, with weights of 1: see `mpdqn.replay.gather`."""
         return gather([(self, index.numpy())])
-
-    def read_steps(
-        self,
-        index: NDArray[np.int64],
-        step: NDArray[np.int32],
-        action: NDArray[np.int64],
-        reward: NDArray[np.float32],
-        terminated: NDArray[np.bool_],
-        truncated: NDArray[np.bool_],
-    ) -> None:
-        """Copy out what was done at ``index`` [B], and the n steps from there on [B, n], whether taken or not."""
-        env, position = index % self.num_envs, index // self.num_envs
-        first = self._row(env, position)
-        np.take(self._arrays["step"], first, out=step, mode="clip")  # "raise" would copy `out` first
-        np.take(self._arrays["action"], first, axis=0, out=action, mode="clip")
-        rows = (
-            first[:, None] if self.n_step == 1 else self._row(env[:, None], position[:, None] + np.arange(self.n_step))
-        )
-        np.take(self._arrays["reward"], rows, out=reward, mode="clip")
-        np.take(self._arrays["terminated"], rows, out=terminated, mode="clip")
-        np.take(self._arrays["truncated"], rows, out=truncated, mode="clip")
-
-    def read_frames(self, index: NDArray[np.int64], offsets: NDArray[np.int64], out: NDArray[np.uint8]) -> None:
-        """Copy the frames ``offsets`` [B, S] rows after those of ``index`` [B] to ``out`` [B, S, c, H, W]."""
-        env, position = index % self.num_envs, index // self.num_envs
-        np.take(self._arrays["frame"], self._row(env[:, None], position[:, None] + offsets), 0, out, mode="clip")
 
     def return_td_errors(self, index: Tensor, td_errors: Tensor) -> None:
         """Write |δ| [B] to the transitions ``index`` [B]; those overwritten since they were sampled are left out.
@@ -242,10 +200,10 @@ class Shard:
         """
         indices, magnitudes = index.cpu().numpy(), td_errors.detach().abs().double().cpu().numpy()
         env, position = indices % self.num_envs, indices // self.num_envs
-        kept = position >= self._written[env] - self._length
+        kept = position >= self.written[env] - self.length
         row, magnitudes = self._row(env, position)[kept], magnitudes[kept]
         self._sampler.update(row, magnitudes)
-        self._arrays["td_error"][row] = magnitudes
+        self.records["td_error"][row] = magnitudes
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole state as plain tensors, not copied; `load_tensors` of an equally built shard takes them."""
@@ -272,12 +230,11 @@ class Shard:
 
     def _begin_rows(self, env: NDArray[np.int64], observation: NDArray[np.uint8]) -> Rows:
         """Put the newest frame of each observation at the heads of the rings in ``env``; the rows they take."""
-        position = self._written[env]
+        position = self.written[env]
         row = self._row(env, position)
-        arrays = self._arrays
-        arrays["frame"][row] = observation[:, -self.frame_shape[0] :]
-        arrays["step"][row] = self._step[env]
-        arrays["td_error"][row] = np.nan
+        self.frames[row] = observation[:, -self.frame_shape[0] :]
+        self.records["step"][row] = self._step[env]
+        self.records["td_error"][row] = np.nan
         # The row stack − 1 further on loses a frame of its stack; those in between lost one before.
         self._sampler.leave(self._row(env, position + self.stack - 1))
         return row
@@ -285,14 +242,14 @@ class Shard:
     def _complete(self, env: NDArray[np.int64], steps: int) -> None:
         """Let the transitions be drawn that began ``steps`` before the head, if their episode is as old as that."""
         env = env[self._step[env] >= steps]
-        self._sampler.enter(self._row(env, self._written[env] - steps))
+        self._sampler.enter(self._row(env, self.written[env] - steps))
 
     def _end_rows(self, env: NDArray[np.int64]) -> None:
-        self._written[env] += 1
+        self.written[env] += 1
         self._step[env] += 1
 
     def _row(self, env: NDArray[np.int64], position: NDArray[np.int64]) -> Rows:
-        rows: Rows = env * self._length + position % self._length
+        rows: Rows = env * self.length + position % self.length
         return rows
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from mpdqn.dqn.batch import Batch
 from mpdqn.dqn.prioritization import Prioritization
 from mpdqn.replay.draw import Draw
-from mpdqn.replay.gather import gather
+from mpdqn.replay.gather import gather, index_of
 from mpdqn.replay.rows import reserve
 from mpdqn.replay.shard import Shard, ring_shape
 
@@ -169,7 +169,7 @@ class VirtualShards:
         return Draw(
             update=update,
             shards=numbers,
-            index=torch.from_numpy(np.concatenate([index for index, _ in drawn])),
+            index=torch.from_numpy(index_of([(self[v], rows) for v, (rows, _) in zip(numbers, drawn, strict=True)])),
             probability=torch.from_numpy(np.concatenate(shares) / self.num_shards) if shares else None,
             lowest=min(self[v].lowest for v in numbers) / self.num_shards,
         )
