@@ -73,9 +73,9 @@ class DuelingHead(nn.Module):
         value: torch.Tensor = self.value(F.relu(self.value_fc(features)))
         advantage: torch.Tensor = self.advantage(F.relu(self.advantage_fc(features)))
         if len(self.shape) > 1:
-            advantage = advantage.reshape(len(value), *self.shape)
+            advantage = advantage.reshape(-1, *self.shape)  # -1: len() would fix the batch on export
             atoms = (self.num_atoms,) if self.num_atoms > 1 else ()
-            value = value.reshape(len(value), *[1] * (len(self.shape) - len(atoms)), *atoms)
+            value = value.reshape(-1, *[1] * (len(self.shape) - len(atoms)), *atoms)
         actions = -1 if self.num_atoms == 1 else -2
         return value + advantage - advantage.mean(dim=actions, keepdim=True)
 

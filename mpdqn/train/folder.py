@@ -61,7 +61,7 @@ def write_config(folder: Path, job: TrainJob, plan: dict[str, Any]) -> None:
 def save_network(folder: Path, network: nn.Sequential, spec: EnvironmentSpec) -> None:
     """Write ``weights.pt``, a plain state_dict, and ``policy.pt2``, the network exported for any batch size."""
     # contiguous: the archive's own reading looks for such tensors
-    network = network.to("cpu", memory_format=torch.contiguous_format).eval()
+    network = network.cpu().to(memory_format=torch.contiguous_format).eval()
     torch.save(network.state_dict(), folder / WEIGHTS)
     frames = torch.zeros((2, *spec.observation_shape), dtype=torch.uint8)
     program = torch.export.export(network, (frames,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))

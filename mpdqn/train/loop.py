@@ -48,8 +48,8 @@ class TrainStep:
 
     ``transitions`` agent steps and ``frames`` environment frames of all environments, ``updates`` of the network, ε at
     the end of the round. ``losses`` and ``grad_norms`` are scalars, one for each update of this round, the same on
-    every learner rank. ``episodes`` ended in this round on this rank's replica, known to the rank of its first stage, as are
-    ``restarts``. ``actor_lag`` is how many updates the weights that played this round were behind its first batch.
+    every learner rank. ``episodes`` ended in this round on this rank's replica, known to the rank of its first stage,
+    as are ``restarts``. ``actor_lag`` is how many updates the weights that played this round were behind its first batch.
     """
 
     round: int
