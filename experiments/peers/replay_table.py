@@ -65,8 +65,8 @@ def replay_table(
         notes=(
             f"median [min–max] of {'–'.join(map(str, rounds))} interleaved rounds; ratios are taken within a round",
             "memory in GiB per million transitions, from the buffer's own tensors; the peers' is extrapolated from the "
-            "bytes of one transition; insertion in transitions/s, 32 environments a call; samples in batches/s of 32 pairs "
-            "(obs, next_obs)",
+            "bytes of one transition; insertion in transitions/s, 32 environments a call; samples in batches/s of 32 "
+            "pairs (obs, next_obs)",
             "on record: the same peers on other hardware",
             *notes,
             *_environments(turns),
