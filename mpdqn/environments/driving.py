@@ -50,16 +50,16 @@ class Scene(gymnasium.ObservationWrapper):  # type: ignore[misc]
 
     def __init__(self, env: Any) -> None:
         super().__init__(env)
-        self._manners: dict[tuple[type, str], Any] = {}
+        self._changed: dict[tuple[type, str], Any] = {}
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
         """Begin an episode, with a new surface to draw on, which needs no screen."""
-        with self._own_manners(), _offscreen():
+        with own_manners(self._changed), _offscreen():
             return super().reset(seed=seed, options=options)
 
     def step(self, action: Any) -> Any:
         """One decision."""
-        with self._own_manners():
+        with own_manners(self._changed):
             return super().step(action)
 
     def observation(self, observation: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -67,23 +67,29 @@ class Scene(gymnasium.ObservationWrapper):  # type: ignore[misc]
         picture: NDArray[np.uint8] = observation[0].T
         return picture
 
-    @contextlib.contextmanager
-    def _own_manners(self) -> Iterator[None]:
-        # Some scenes (intersection) set how the other vehicles drive as attributes of their *class*, which all later
-        # scenes of the process then share: an episode would depend on what was played before it.
-        before = _manners()
-        for (vehicle, name), value in self._manners.items():
-            setattr(vehicle, name, value)
-        try:
-            yield
-        finally:
-            now = _manners()
-            self._manners = {key: value for key, value in now.items() if key not in before or before[key] != value}
-            for vehicle, name in self._manners:
-                if (vehicle, name) in before:
-                    setattr(vehicle, name, before[vehicle, name])
-                else:
-                    delattr(vehicle, name)
+
+@contextlib.contextmanager
+def own_manners(changed: dict[tuple[type, str], Any] | None = None) -> Iterator[None]:
+    """Have the other vehicles drive as ``changed`` says inside, which is brought up to date, and as before outside.
+
+    Some scenes (intersection) set how the vehicles drive as attributes of their *class*, which all later scenes of the
+    process would then share: an episode would depend on what was played before it.
+    """
+    changed = {} if changed is None else changed
+    before = _manners()
+    for (vehicle, name), value in changed.items():
+        setattr(vehicle, name, value)
+    try:
+        yield
+    finally:
+        now = _manners()
+        changed.clear()
+        changed |= {key: value for key, value in now.items() if key not in before or before[key] is not value}
+        for vehicle, name in changed:
+            if (vehicle, name) in before:
+                setattr(vehicle, name, before[vehicle, name])
+            else:
+                delattr(vehicle, name)
 
 
 def _manners() -> dict[tuple[type, str], Any]:
@@ -149,6 +155,7 @@ def _scene(name: str, gymnasium_id: str, num_actions: int) -> SimulatedKind:
             make=gymnasium_id,
             arguments={"config": settings},
             imports=("highway_env",),
+            guard=own_manners,
             adapt=Scene,
             format=PixelFormat(grey=True, size=None),
         ),

@@ -91,9 +91,13 @@ def played(name: str) -> list[float]:
 
 def test_scenes_of_one_process_leave_one_another_alone(monkeypatch):
     """The intersection sets how all vehicles of a class drive, in any scene of the process."""
+    behavior = pytest.importorskip("highway_env.vehicle.behavior")
+    manners = driving._manners()
     before = played(QUICK)
     assert played("intersection") == played("intersection")
     assert played(QUICK) == before
+    assert driving._manners() == manners
+    assert manners[behavior.IDMVehicle, "DISTANCE_WANTED"] == 5.0 + behavior.IDMVehicle.LENGTH
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")  # highway-env would draw black pictures
     assert played(QUICK) == before
 
