@@ -1,7 +1,7 @@
 """Learning curves: what a score did over the environment frames of several training runs, in one figure.
 
-    run folder ─ records.jsonl ─▶ its label           runs of one label are its seeds: one line, with a band
-               └ progress.csv  ─▶ frames, score
+    run folder ─ records.jsonl ─▶ row, settings       runs alike in them are seeds: one line, with a band;
+               └ progress.csv  ─▶ frames, score       its label says in which settings the lines differ
 
 Runs are not logged at the same frames. Each is smoothed by itself and read off a common grid between its first and its
 last frame, so that a line ends where the shortest of its runs does and never mixes few runs with many.
@@ -10,8 +10,8 @@ last frame, so that a line ends where the shortest of its runs does and never mi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from mpdqn.logs import FRAMES, read_progress
 from mpdqn.records import RECORDS, Record, read_records
 from mpdqn.scores import bootstrap_interval, iqm
 
-RETURN = "return"
+RETURN = "mean_return"
 """The column of ``progress.csv`` that holds the mean return of the episodes that ended since the row before."""
 
 # Okabe & Ito's palette, each with a dash of its own: told apart in grey print too.
@@ -90,7 +90,8 @@ def curves(config: CurvesConfig) -> tuple[Path, Path]:
     """
     if not config.runs:
         raise ValueError("no runs to draw; give the folders of one or more training runs")
-    runs = [read_curve(folder, config.column, config.window) for folder in config.runs]
+    scores = (read_curve(folder, config.column, config.window) for folder in config.runs)
+    runs = [replace(run, label=label) for run, label in zip(scores, labels(config.runs), strict=True)]
     config.out.parent.mkdir(parents=True, exist_ok=True)
     return save(curves_figure(group(runs, config.average, config.band), config), config.out)
 
@@ -112,7 +113,7 @@ def read_curve(folder: Path, column: str = RETURN, window: int = 1) -> Run:
     sums = np.concatenate([[0.0], np.cumsum(scores)])
     last = np.arange(1, len(scores) + 1)
     first = np.maximum(0, last - window)
-    return Run(label=_label(folder), frames=frames, scores=(sums[last] - sums[first]) / (last - first))
+    return Run(label=labels([folder])[0], frames=frames, scores=(sums[last] - sums[first]) / (last - first))
 
 
 def group(runs: Iterable[Run], average: Literal["mean", "iqm"] = "mean", band: Band = "min-max") -> list[Curve]:
@@ -134,7 +135,7 @@ def curves_figure(lines: Sequence[Curve], config: CurvesConfig) -> Any:
             axes.plot(line.frames, line.average, color=color, linestyle=dash, linewidth=1.6, label=label)
             if line.runs > 1:
                 axes.fill_between(line.frames, line.low, line.high, color=color, alpha=0.2, linewidth=0)
-        axes.set(xlabel="environment frames", ylabel=config.column.replace("_", " ").replace("/", ", "))
+        axes.set(xlabel="environment frames", ylabel=config.column.replace("_", " "))
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.set_xlim(left=0)
         axes.grid(color="#DDDDDD", linewidth=0.6)
@@ -164,13 +165,28 @@ def _curve(label: str, runs: Sequence[Run], average: Literal["mean", "iqm"], ban
     return Curve(label=label, runs=len(runs), frames=frames, average=middle, low=low, high=high)
 
 
-def _label(folder: Path) -> str:
-    """The label of a run: what its first record calls itself, or the folder's name if it has none."""
+def labels(folders: Sequence[Path]) -> list[str]:
+    """What to call each run: its first record's row, with the settings in which the runs differ.
+
+    Runs of equal settings, which are other seeds of the same, have equal labels. A setting ``label`` replaces all that;
+    a run without records, which has not ended, is called by its folder.
+    """
+    records = [_first_record(folder) for folder in folders]
+    known = [record for record in records if record is not None]
+    names = dict.fromkeys(name for record in known for name in record.settings)
+    differ = [name for name in names if len({repr(record.settings.get(name)) for record in known}) > 1]
+
+    def label(folder: Path, record: Record | None) -> str:
+        if record is None:
+            return folder.name
+        if "label" in record.settings:
+            return str(record.settings["label"])
+        own = (f"{name.replace('_', ' ')} {record.settings[name]}" for name in differ if name in record.settings)
+        return ", ".join([record.row, *own])
+
+    return [label(folder, record) for folder, record in zip(folders, records, strict=True)]
+
+
+def _first_record(folder: Path) -> Record | None:
     path = folder / RECORDS
-    records: Iterable[Record] = read_records(path) if path.is_file() else ()
-    first = next(iter(records), None)
-    return folder.name if first is None else _name(first.settings) or first.row
-
-
-def _name(settings: Mapping[str, object]) -> str:
-    return str(settings.get("label") or "")
+    return next(iter(read_records(path)), None) if path.is_file() else None

@@ -7,23 +7,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mpdqn.bench.curves import Curve, CurvesConfig, Run, curves, curves_figure, group, read_curve
+from mpdqn.bench.curves import Curve, CurvesConfig, Run, curves, curves_figure, group, labels, read_curve
 from mpdqn.logs import open_logs
 from mpdqn.records import RECORDS, Environment, Record, append_records
 
 ENVIRONMENT = Environment(commit="", versions={}, hardware="", cores=2, memory_gib=1.0, command="")
 
 
-def make_run(folder: Path, label: str, scores: list[float], *, every: int = 1000) -> Path:
+def make_run(folder: Path, row: str, scores: list[float], *, every: int = 1000, **settings: str) -> Path:
     with open_logs(folder, config={}) as logs:
         for i, score in enumerate(scores, start=1):
-            logs.write(i * every, {"loss": 1.0, "return": score})
+            logs.write(i * every, {"loss": 1.0, "mean_return": score})
     record = Record(
         experiment="train",
-        row=label,
+        row=row,
         round=0,
         seed=0,
-        settings={},
+        settings=settings,
         values={"agent_steps_per_s": 1.0},
         environment=ENVIRONMENT,
     )
@@ -65,9 +65,25 @@ def test_a_run_is_smoothed_by_itself(tmp_path: Path) -> None:
     assert run.label == "dqn"
 
 
+def test_labels_say_in_what_runs_differ(tmp_path: Path) -> None:
+    """Two layouts of one agent are no seeds of each other."""
+    folders = [
+        make_run(tmp_path / name, "pong dqn", [1.0], environment="pong", layout=layout)
+        for name, layout in (("a", "single@all"), ("b", "pp2-1f1b"), ("c", "single@all"))
+    ]
+    assert labels(folders) == [
+        "pong dqn, layout single@all",
+        "pong dqn, layout pp2-1f1b",
+        "pong dqn, layout single@all",
+    ]
+    assert labels([folders[0], folders[2]]) == ["pong dqn", "pong dqn"]
+    named = make_run(tmp_path / "d", "pong dqn", [1.0], label="ours")
+    assert labels([folders[0], named])[1] == "ours"
+
+
 def test_a_run_without_records_is_called_by_its_folder(tmp_path: Path) -> None:
     with open_logs(tmp_path / "my-run", config={}) as logs:
-        logs.write(4, {"return": 1.0})
+        logs.write(4, {"mean_return": 1.0})
     assert read_curve(tmp_path / "my-run").label == "my-run"
 
 
@@ -87,17 +103,17 @@ def test_the_figure_of_several_runs(tmp_path: Path) -> None:
 def test_lines_differ_in_grey_print() -> None:
     x = np.array([0.0, 1.0])
     lines = [Curve(label=str(i), runs=1, frames=x, average=x + i, low=x, high=x) for i in range(7)]
-    drawn = curves_figure(lines, CurvesConfig(runs=(), column="evaluation/return")).axes[0]
+    drawn = curves_figure(lines, CurvesConfig(runs=(), column="evaluation_return")).axes[0]
     assert len({str(line.get_linestyle()) + str(line._dash_pattern) for line in drawn.lines}) == 7
     assert drawn.get_xlabel() == "environment frames"
-    assert drawn.get_ylabel() == "evaluation, return"
+    assert drawn.get_ylabel() == "evaluation return"
 
 
 def test_what_cannot_be_drawn(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no runs to draw"):
         curves(CurvesConfig(runs=()))
     folder = make_run(tmp_path / "a", "dqn", [1.0])
-    with pytest.raises(ValueError, match=r"nothing in column 'reward' yet; its columns: loss, return"):
+    with pytest.raises(ValueError, match=r"nothing in column 'reward' yet; its columns: loss, mean_return"):
         read_curve(folder, "reward")
     with pytest.raises(ValueError, match="window is 0"):
         read_curve(folder, window=0)
