@@ -176,6 +176,7 @@ def ours(name: str, world: World, config: Config) -> Step:
             example_input=example.clone().requires_grad_(j > 0),
             example_output=example.clone().requires_grad_(),
             value_dtype=example.dtype,
+            value_shape=(WIDTH,),
         )
         for j in mesh.stages
     ]

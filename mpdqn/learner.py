@@ -1,7 +1,7 @@
 """`Learner`: one update of the online network, the same path for every layout, the single process included.
 
-batch ─▶ first stage ─ T, D, F ─▶ last stage: td_target, Huber loss, Σ w·loss / B_global
-                     ◀─── B ────
+batch ─▶ first stage ─ T, M, D, F ─▶ last stage: target, loss, Σ w·loss / B_global
+                     ◀───── B ─────
 per stage: Σ gradients over replicas ─▶ clip by the global norm ─▶ optimizer ─▶ every n updates target ← online
 last stage ─ TD errors ─▶ first stage ─▶ shards
 
@@ -11,83 +11,36 @@ of the old target; they then run late, at the start of the next update:
 
     update            k − 1         k (target ← online at its end)      k + 1
     T of batch        k             –                                   k + 1, then k + 2
+
+Noise of noisy networks is that of the update which learns from the batch, wherever and whenever a pass runs: one draw
+for the online network (F and D, and what is recomputed), one for the target network.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mpdqn.dqn.agents import Agent, Labels
+from mpdqn.dqn.agents import Agent
 from mpdqn.dqn.batch import Batch
 from mpdqn.exchange.reduction import Reduction
-from mpdqn.mesh import LABELS, TD_ERRORS, Mesh, Message
-from mpdqn.networks import check_exactness
+from mpdqn.mesh import Mesh, Message
+from mpdqn.networks import check_exactness, noisy_layers, set_noise
+from mpdqn.pipeline.labels import LabelExchange
 from mpdqn.pipeline.runtime import Pipeline, Program, Values
 from mpdqn.pipeline.stage import build_stages
 from mpdqn.pipeline.stopwatch import Stopwatch
 from mpdqn.schedule import ActionTable, action_table
 from mpdqn.schedule.actions import FORWARD, RECOMPUTE, Action
 from mpdqn.timeline import LATE, Timeline
+from mpdqn.update import LearnerConfig, LearnStep, make_optimizer
 
-
-@dataclass(frozen=True, kw_only=True)
-class LearnerConfig:
-    """How an update is made.
-
-    The defaults are Dopamine's DQN with Adam on Atari (Castro et al. 2018; Obando-Ceron & Castro 2021).
-    ``target_period`` counts updates, ``target_tau`` is τ of target ← τ·online + (1 − τ)·target; ``max_grad_norm``
-    bounds the norm over *all* stages (inf: no clipping). ``lookahead`` (0 or 1) is how many updates early a batch is
-    sampled, with the same meaning in every layout; ``accumulation`` how many parts of the batch run through the
-    pipeline one after the other before the weights change.
-
-    Raises:
-        ValueError: for a value that cannot be meant.
-    """
-
-    optimizer: Literal["adam", "sgd"] = "adam"
-    learning_rate: float = 6.25e-5
-    adam_eps: float = 1.5e-4
-    target_period: int = 2_000
-    target_tau: float = 1.0
-    max_grad_norm: float = 10.0
-    lookahead: int = 0
-    accumulation: int = 1
-
-    def __post_init__(self) -> None:
-        if self.optimizer not in ("adam", "sgd"):
-            raise ValueError(f"unknown optimizer {self.optimizer!r}; choose adam or sgd")
-        for name in ("learning_rate", "adam_eps", "target_period", "target_tau", "max_grad_norm", "accumulation"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)} but must be above 0")
-        if self.target_tau > 1:
-            raise ValueError(f"target_tau is {self.target_tau} but must be at most 1, which copies")
-        if self.lookahead not in (0, 1):
-            raise ValueError(f"lookahead is {self.lookahead} but must be 0 or 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LearnStep:
-    """What one update did.
-
-    ``loss`` and ``grad_norm`` (before clipping) are scalars of the whole batch, the same on every rank. ``td_errors``
-    [b] are those of this replica's part of the batch, on the rank of its first stage; None elsewhere. ``late_passes``
-    counts the no-gradient passes that the schedule would have run in its gaps one update earlier but that ran on their
-    own, because the target had changed since or nothing was announced. ``bytes_sent`` counts what this rank sent.
-    """
-
-    update: int
-    loss: Tensor
-    grad_norm: Tensor
-    td_errors: Tensor | None
-    late_passes: int
-    bytes_sent: int
+__all__ = ["LearnStep", "Learner", "LearnerConfig", "gather_by_name"]
 
 
 class Learner:
@@ -116,8 +69,11 @@ class Learner:
             table: the actions of a step, equal on every rank; the plan's schedule if not given.
 
         Raises:
-            ValueError: if the batch does not divide into d·m micro-batches, the table is not one of this plan, or the
-                network has layers under which layouts would not compute the same thing.
+            ValueError: if the batch does not divide into d·m micro-batches, the table is not one of this plan, the
+                network's output is not the agent's, or it has layers under which layouts would not compute the same.
+
+        Warns:
+            UserWarning: if the agent is noisy and the network has no noisy layer.
         """
         plan = mesh.plan
         self.config = config or LearnerConfig()
@@ -126,6 +82,13 @@ class Learner:
             raise ValueError(f"batch_size {batch_size} is not a multiple of accumulation {parts}; change one of them")
         plan.parallelism.check_batch(batch_size // parts)
         check_exactness(network)
+        self._noisy = bool(noisy_layers(network))
+        if agent.noisy and not self._noisy:
+            warnings.warn(
+                f"agent {agent.name!r} is noisy but the network has no NoisyLinear: nothing explores and nothing is "
+                "averaged; build it with noisy=True",
+                stacklevel=2,
+            )
         self.mesh, self.plan, self.agent, self.batch_size = mesh, plan, agent, batch_size
         self.update = 0
         self.stopwatch = Stopwatch(mesh.rank, mesh.device)
@@ -134,7 +97,9 @@ class Learner:
         self.stages = build_stages(
             network, plan.partition, mesh.stages, observation_shape, self._micro_size, mesh.device
         )
-        self._dtype = self.stages[0].value_dtype
+        self._dtype, shape = self.stages[0].value_dtype, self.stages[0].value_shape
+        agent.check_output(shape)
+        self._labels = LabelExchange(mesh, self._local_size, self._dtype, shape[0] if agent.branching else 0)
         self.table = self._checked(table) if table is not None else self._planned_table()
         passes = {p.letter: p.network for p in agent.passes}
         self._pipeline = Pipeline(mesh, self.stages, self.table, passes, plan.recompute)
@@ -156,7 +121,7 @@ class Learner:
                     f"stage {stage.index} ({', '.join(layers)}) has 0 parameters to train; cut it elsewhere"
                 )
         self._parameters = {stage.index: [p for _, p in stage.named_parameters()] for stage in self.stages}
-        self._optimizer = _make_optimizer(list(self.parameters()), self.config)
+        self._optimizer = make_optimizer(list(self.parameters()), self.config)
 
     def _planned_table(self) -> ActionTable:
         layout = self.plan.parallelism
@@ -189,6 +154,12 @@ class Learner:
             raise ValueError(
                 f"the table runs {table.ahead} ahead but with lookahead {self.config.lookahead} only "
                 f"{sorted(early) or 'nothing'} may; set lookahead=1 or use a table without"
+            )
+        left = set(agent.frozen_letters) - set(table.ahead)
+        if self._noisy and table.ahead and left:
+            raise ValueError(
+                f"the table runs {table.ahead} ahead but not {''.join(sorted(left))}, which the same target network "
+                "runs under the noise of another update; run all of them ahead, or none"
             )
         return table
 
@@ -230,8 +201,10 @@ class Learner:
         refresh = (self.update + 1) % self.config.target_period == 0
         late = len(self.table.ahead) if self._prepared is None else 0
         now = None if batch is None else batch.to(self.mesh.device, self._dtype)
-        labels, label_messages = self._pass_labels(now)
+        labels, label_messages = self._labels.pass_labels(now)
+        self._set_noise("online", self.update)
         if late:
+            self._set_noise("target", self.update)
             begin = self.stopwatch.now()
             self._prepared = [
                 self._pipeline.run(self._late, self._frames(self._late, now, now, part), _no_loss, self.stopwatch)
@@ -247,15 +220,17 @@ class Learner:
             while label_messages:
                 label_messages.pop().wait()
             first = (part * m + i) * self._micro_size
-            rows = slice(first, first + self._micro_size)
-            loss, errors[first] = self.agent.loss(q, values, _rows(labels, rows), self.batch_size)
+            rows = labels.rows(first, first + self._micro_size)
+            loss, errors[first] = self.agent.loss(q, values, rows, self.batch_size)
             losses.append(loss.detach())
             if len(errors) == m * parts:
-                td_errors.append(self._return_td_errors([errors[row] for row in sorted(errors)]))
+                td_errors.append(self._labels.return_td_errors([errors[row] for row in sorted(errors)]))
             return loss
 
         reduction = Reduction(self.mesh, self._parameters, lambda: self._sum(losses))
         program = self._plain if refresh else self._filled
+        # Passes over the next batch belong to the next update, and with them all that the target network runs now.
+        self._set_noise("target", self.update + bool(program.table.ahead))
         prepared = self._prepared or []
         self._prepared = None if refresh or not self.table.ahead else []
         for part in range(parts):
@@ -270,7 +245,7 @@ class Learner:
             if self._prepared is not None:
                 self._prepared.append(ahead)
         begin = self.stopwatch.now()
-        returned, return_messages = td_errors[0] if self.has_loss else self._return_td_errors([])
+        returned, return_messages = td_errors[0] if self.has_loss else self._labels.return_td_errors([])
         loss, grad_norm = reduction.finish()
         self.stopwatch.mark("exchange", begin)
         begin = self.stopwatch.now()
@@ -311,13 +286,20 @@ class Learner:
 
     def _frames(self, program: Program, batch: Batch | None, upcoming: Batch | None, part: int) -> dict[str, Tensor]:
         """The frames that each kind of pass runs over in one part of an update; empty on ranks without the batch."""
+        frames = {p.letter: p.frames for p in self.agent.passes}
         whole: dict[str, Tensor] = {}
         if batch is not None:
-            whole = {FORWARD: batch.obs} | dict.fromkeys(program.table.passes, batch.next_obs)
+            whole = {FORWARD: batch.obs} | {k: getattr(batch, frames[k]) for k in program.table.passes}
         if upcoming is not None:
-            whole |= dict.fromkeys(program.table.ahead, upcoming.next_obs)
+            whole |= {k: getattr(upcoming, frames[k]) for k in program.table.ahead}
         parts = self.config.accumulation
         return {k: f.chunk(parts)[part].to(self.mesh.device, non_blocking=True) for k, f in whole.items()}
+
+    def _set_noise(self, which: Literal["online", "target"], update: int) -> None:
+        """Give this rank's noisy layers of one network the noise of ``update``."""
+        if self._noisy:
+            for stage in self.stages:
+                set_noise(stage.online if which == "online" else stage.target, self.config.seed, update, which)
 
     def _check(self, batch: Batch | None, upcoming: Batch | None) -> None:
         rank = self.mesh.rank
@@ -342,34 +324,6 @@ class Learner:
                 f"update {self.update + 1} got another batch than update {self.update} had announced as upcoming; pass "
                 "that one"
             )
-
-    def _pass_labels(self, batch: Batch | None) -> tuple[Labels, list[Message]]:
-        """Labels on their way from the first to the last stage: one row of actions, three of numbers."""
-        device, size = self.mesh.device, self._local_size
-        messages: list[Message] = []
-        if batch is not None:
-            action, numbers = batch.action, torch.stack([batch.reward, batch.discount, batch.weight])
-        else:
-            action = torch.empty(size, dtype=torch.int64, device=device)
-            numbers = torch.empty((3, size), dtype=self._dtype, device=device)
-        if self.owns_shards and not self.has_loss:
-            messages += [self.mesh.send(t, self.mesh.last_rank, LABELS) for t in (action, numbers)]
-        elif self.has_loss and not self.owns_shards:
-            messages += [self.mesh.receive(t, self.mesh.first_rank, LABELS) for t in (action, numbers)]
-        reward, discount, weight = numbers
-        return Labels(action=action, reward=reward, discount=discount, weight=weight), messages
-
-    def _return_td_errors(self, parts: list[Tensor]) -> tuple[Tensor, list[Message]]:
-        """TD errors on their way from the last to the first stage."""
-        if self.has_loss:
-            errors = torch.cat(parts)
-            if not self.owns_shards:
-                return errors, [self.mesh.send(errors, self.mesh.first_rank, TD_ERRORS)]
-            return errors, []
-        errors = torch.empty(self._local_size, dtype=self._dtype, device=self.mesh.device)
-        if self.owns_shards:
-            return errors, [self.mesh.receive(errors, self.mesh.last_rank, TD_ERRORS)]
-        return errors, []
 
     def _sum(self, losses: list[Tensor]) -> Tensor:
         zero = torch.zeros((), dtype=self._dtype, device=self.mesh.device)
@@ -400,19 +354,3 @@ def gather_by_name(learner: Learner, tensors: Mapping[str, Tensor]) -> dict[str,
 
 def _no_loss(i: int, q: Tensor, values: Mapping[str, Tensor]) -> Tensor:
     raise AssertionError("passes without gradient have no loss")
-
-
-def _rows(labels: Labels, rows: slice) -> Labels:
-    return Labels(
-        action=labels.action[rows],
-        reward=labels.reward[rows],
-        discount=labels.discount[rows],
-        weight=labels.weight[rows],
-    )
-
-
-def _make_optimizer(parameters: list[nn.Parameter], config: LearnerConfig) -> torch.optim.Optimizer:
-    # The fused kernels exist for CPU and CUDA and compute the same update in one sweep.
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=config.learning_rate, fused=True)
-    return torch.optim.Adam(parameters, lr=config.learning_rate, eps=config.adam_eps, fused=True)

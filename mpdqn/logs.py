@@ -11,6 +11,7 @@ Environment frames are the only clock. A run that is resumed goes on in the same
 from __future__ import annotations
 
 import csv
+import importlib.util
 import math
 import os
 from collections.abc import Iterable, Mapping
@@ -63,6 +64,12 @@ class Logs:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         self.close()
+
+
+def check_logs(*, wandb: bool = False) -> None:
+    """Raise ValueError if a log is asked for whose extra is not installed; before a run has cost anything."""
+    if wandb and importlib.util.find_spec("wandb") is None:
+        raise ValueError("logging to Weights & Biases needs wandb; pip install 'mpdqn[wandb]'")
 
 
 def open_logs(folder: Path, *, wandb: bool = False, config: Mapping[str, Any], resume_at: int | None = None) -> Logs:
@@ -168,10 +175,9 @@ class _TensorBoard:
 
 class _Wandb:
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise ValueError("logging to Weights & Biases needs wandb; pip install 'mpdqn[wandb]'") from None
+        check_logs(wandb=True)
+        import wandb
+
         folder.mkdir(parents=True, exist_ok=True)
         # The id is the folder's, so that a resumed run goes on in the same one.
         name = folder.resolve().name

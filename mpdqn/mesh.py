@@ -111,7 +111,7 @@ class World:
     device: torch.device
     timeout: timedelta
     lobby: dist.ProcessGroup
-    _groups: dict[tuple[int, ...], dist.ProcessGroup] = field(default_factory=dict)
+    _groups: dict[tuple[tuple[int, ...], str | None], dist.ProcessGroup] = field(default_factory=dict)
     _message_groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
 
     @classmethod
@@ -140,18 +140,46 @@ class World:
         lobby = _new_group(range(size), LOBBY, "gloo")
         return cls(rank=rank, size=size, device=own, timeout=timeout, lobby=lobby)
 
-    def group(self, ranks: Sequence[int]) -> dist.ProcessGroup:
-        """The process group of ``ranks``. Collective over the world."""
-        key = tuple(ranks)
+    def group(self, ranks: Sequence[int], backend: str | None = None) -> dist.ProcessGroup:
+        """The process group of ``ranks``; of the world's backend, or of gloo for tensors on the CPU. Collective."""
+        key = (tuple(ranks), backend)
         if key not in self._groups:
-            self._groups[key] = _new_group(key, self.timeout)
+            self._groups[key] = _new_group(key[0], self.timeout, backend)
         return self._groups[key]
 
-    def message_group(self, kind: str) -> dist.ProcessGroup:
+    def message_group(self, kind: str, backend: str | None = None) -> dist.ProcessGroup:
         """The process group, over the whole world, of point-to-point messages of ``kind``. Collective."""
         if kind not in self._message_groups:
-            self._message_groups[kind] = _new_group(range(self.size), self.timeout)
+            self._message_groups[kind] = _new_group(range(self.size), self.timeout, backend)
         return self._message_groups[kind]
+
+    def send(self, tensor: Tensor, to: int, group: dist.ProcessGroup, complaint: str) -> Message:
+        """Start sending ``tensor`` (dense) to rank ``to`` in a message group; keep the message until it was waited for.
+
+        ``complaint`` is how a `PeerLost` begins.
+        """
+        # A rank of the world has the same number in a message group. dist.isend looks that up for every message.
+        return self.start(lambda: group.send([tensor], to, 0), tensor, group, complaint)
+
+    def receive(self, buffer: Tensor, source: int, group: dist.ProcessGroup, complaint: str) -> Message:
+        """Start receiving into ``buffer`` (dense) from rank ``source`` in a message group."""
+        return self.start(lambda: group.recv([buffer], source, 0), buffer, group, complaint)
+
+    def start(
+        self, post: Callable[[], dist.Work | None], tensor: Tensor, group: dist.ProcessGroup, complaint: str
+    ) -> Message:
+        """The message that ``post`` starts.
+
+        Raises:
+            PeerLost: if the peer is known to be gone.
+        """
+        try:
+            return Message(post(), tensor, group, complaint, self.timeout)
+        except RuntimeError as error:
+            if not tells_of_lost_peer(error):
+                raise
+            # gloo refuses a message at once when it already knows that the peer is gone.
+            raise PeerLost(f"{complaint}: {_first_line(error)}") from error
 
     def barrier(self) -> None:
         """Wait for every rank; PeerLost names the first one that does not come."""
@@ -274,17 +302,12 @@ class Mesh:
         """Start sending ``tensor`` (dense) to rank ``to``; keep the message until it was waited for."""
         self.bytes_sent += tensor.nbytes
         group = self._group_of(kind, self.rank, to)
-        # A rank of the world has the same number in a message group. dist.isend looks that up for every message.
-        return self._start(
-            lambda: group.send([tensor], to, 0), tensor, group, f"{self._me} could not send {kind} to rank {to}"
-        )
+        return self.world.send(tensor, to, group, f"{self._me} could not send {kind} to rank {to}")
 
     def receive(self, buffer: Tensor, source: int, kind: str) -> Message:
         """Start receiving into ``buffer`` (dense) from rank ``source``."""
         group = self._group_of(kind, source, self.rank)
-        return self._start(
-            lambda: group.recv([buffer], source, 0), buffer, group, f"{self._me} got no {kind} from rank {source}"
-        )
+        return self.world.receive(buffer, source, group, f"{self._me} got no {kind} from rank {source}")
 
     def sum_over(self, group: dist.ProcessGroup, tensor: Tensor, what: str) -> Message:
         """Start the all-reduce (sum) of ``tensor`` over ``group``, in place."""
@@ -292,18 +315,7 @@ class Mesh:
         # A ring all-reduce sends 2·(n − 1)/n of the tensor from every rank.
         self.bytes_sent += 2 * (size - 1) * tensor.numel() * tensor.element_size() // size
         what = f"rank {self.rank} lost a rank of {dist.get_process_group_ranks(group)} in {what}"
-        return self._start(lambda: dist.all_reduce(tensor, group=group, async_op=True), tensor, group, what)
-
-    def _start(
-        self, post: Callable[[], dist.Work | None], tensor: Tensor, group: dist.ProcessGroup, complaint: str
-    ) -> Message:
-        try:
-            return Message(post(), tensor, group, complaint, self.world.timeout)
-        except RuntimeError as error:
-            if not tells_of_lost_peer(error):
-                raise
-            # gloo refuses a message at once when it already knows that the peer is gone.
-            raise PeerLost(f"{complaint}: {_first_line(error)}") from error
+        return self.world.start(lambda: dist.all_reduce(tensor, group=group, async_op=True), tensor, group, what)
 
     def reset_bytes(self) -> int:
         """The bytes sent since the last call."""

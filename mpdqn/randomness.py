@@ -14,3 +14,8 @@ def keyed_seed(*key: str | int) -> int:
     """The seed of the stream that ``key`` names: a non-negative integer below 2**63, the same on every machine."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
+
+
+def keyed_bytes(count: int, *key: str | int) -> bytes:
+    """The first ``count`` bytes of the stream that ``key`` names; a short stream costs less than a generator's start."""
+    return hashlib.shake_128(repr(key).encode()).digest(count)

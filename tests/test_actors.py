@@ -121,21 +121,45 @@ def test_the_number_of_owned_shards_does_not_change_a_greedy_action():
     assert sizes == {2}
 
 
-def test_actors_go_on_where_they_stopped():
+def actors_of(network: nn.Module, shards: VirtualShards, **overrides) -> Actors:
+    settings = {"epsilon": 0.0, "seed": 5, "num_threads": 1} | overrides
+    sizes = {"num_shards": shards.num_shards, "envs_per_shard": shards.envs_per_shard}
+    return Actors(network, GAME, owned=shards.owned, **sizes, **settings)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 7])
+def test_actors_go_on_where_they_stopped_whatever_the_size_of_a_chunk(steps):
     at_once, in_parts = make_shards(), make_shards()
-    play(at_once, 60)
-    with Actors(
-        SmallNetwork(6),
-        GAME,
-        in_parts,
-        epsilon=LinearEpsilon(start=1.0, end=0.1, decay_frames=2000),
-        seed=5,
-        num_threads=1,
-    ) as actors:
-        assert actors.collect(20).transitions == 20
-        assert actors.collect(39).transitions == 40  # whole steps of both environments
+    epsilon = LinearEpsilon(start=1.0, end=0.1, decay_frames=2000)
+    play(at_once, 4 * 7 * 2)
+    with actors_of(SmallNetwork(6), in_parts, epsilon=epsilon, steps=steps) as actors:
+        for _ in range(4 * 7 // steps):
+            chunk = actors.play()
+            assert chunk.num_transitions == 2 * steps
+            chunk.store(in_parts)
     for name, tensor in at_once.state().items():
         torch.testing.assert_close(in_parts.state()[name], tensor, rtol=0, atol=0, equal_nan=True)
+
+
+def test_episodes_tell_where_and_when_they_ended(whole):
+    """Of the same play, in chunks: each end has the step, the environment, the true return and the length."""
+    _, stats = whole
+    with actors_of(
+        SmallNetwork(6), make_shards(), epsilon=LinearEpsilon(start=1.0, end=0.1, decay_frames=2000), steps=50
+    ) as actors:
+        chunks, ended = [], []
+        for _ in range(10):
+            chunk = actors.play()
+            chunks.append([getattr(chunk, k).clone() for k in ("reward", "terminated", "truncated")])
+            ended += chunk.episodes
+    reward, terminated, truncated = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+    assert tuple(e.episode_return for e in ended) == stats.episode_returns
+    places = (terminated | truncated).nonzero().tolist()
+    assert [[e.step, e.environment] for e in ended] == places
+    for e in ended:
+        begin = e.step + 1 - e.length
+        assert float(reward[begin : e.step + 1, e.environment].sum()) == e.episode_return
+        assert begin == 0 or [begin - 1, e.environment] in places
 
 
 def test_epsilon_falls_with_the_frames_of_all_environments():
@@ -150,14 +174,23 @@ def test_epsilon_falls_with_the_frames_of_all_environments():
 
 
 def test_learned_weights_are_played_at_once():
-    shards, network = make_shards(), SmallNetwork(6)
-    with Actors(network, GAME, shards, epsilon=0.0, seed=5, num_threads=1) as actors:
+    network = SmallNetwork(6)
+    actions = []
+    with actors_of(network, make_shards()) as actors:
         for action in (1, 4):
             with torch.no_grad():
                 network.values[2].weight.zero_()
                 network.values[2].bias.copy_(torch.eye(6)[action])
-            actors.collect(6)
-    assert shards[0].tensors()["action"][:6].tolist() == [1, 1, 1, 4, 4, 4]
+            actions += [actors.play().action[0, 0].item() for _ in range(3)]
+    assert actions == [1, 1, 1, 4, 4, 4]
+
+
+def test_each_step_is_announced_to_networks_that_draw_noise():
+    steps = []
+    with actors_of(SmallNetwork(6), make_shards(), before_step=steps.append, steps=3) as actors:
+        actors.play()
+        actors.play()
+    assert steps == [0, 1, 2, 3, 4, 5]
 
 
 def test_the_bar_counts_transitions_on_stderr(capsys):
@@ -202,3 +235,12 @@ def test_linear_epsilon():
     epsilon = LinearEpsilon(start=1.0, end=0.1, decay_frames=100)
     assert [epsilon(0), epsilon(50), epsilon(100), epsilon(1000)] == pytest.approx([1.0, 0.55, 0.1, 0.1])
     assert LinearEpsilon(start=1.0, end=0.2, decay_frames=0)(0) == pytest.approx(0.2)
+
+
+def test_each_dimension_of_an_action_is_drawn():
+    draws = ExplorationDraws(seed=0, environments=[0, 1], num_actions=3, action_shape=(4,))
+    _, action = draws.draw(np.zeros(2, dtype=np.int64), np.zeros(2, dtype=np.int64))
+    assert action.shape == (2, 4)
+    several = np.stack([draws.draw(np.zeros(2, dtype=np.int64), np.full(2, t))[1] for t in range(100)])
+    assert set(several.flatten().tolist()) == {0, 1, 2}
+    assert (several[..., 0] != several[..., 1]).any()

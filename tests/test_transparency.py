@@ -94,6 +94,34 @@ def whole_schedules() -> Iterator[Case]:
         yield tiny_case(schedule, data=d, pipeline=p, m=m, recompute=recompute, lookahead=lookahead)
 
 
+# What each agent adds to plain and Double DQN, which every case above runs: other passes, losses, heads, noise.
+OTHER_AGENTS = ("dueling_dqn", "c51", "noisy_dqn", "rainbow", "munchausen_dqn", "hl_gauss", "decqn")
+
+
+def covering_agents() -> Iterator[Case]:
+    """What `make test` runs of `whole_agents`: each agent in every kind of layout, a refresh inside."""
+    for agent in OTHER_AGENTS:
+        yield tiny_case("gpipe", pipeline=1, agent=agent)
+        yield tiny_case("gpipe", pipeline=1, data=2, agent=agent)
+        yield tiny_case("1f1b", agent=agent)
+        yield tiny_case("td1f1b", lookahead=1, agent=agent)
+        yield tiny_case("td1f1b", data=2, lookahead=1, accumulation=2, target_tau=0.5, agent=agent)
+        yield tiny_case("1f1b", data=2, agent=agent, recompute="all")
+        yield tiny_case("zbv", agent=agent, lookahead=1)
+        yield tiny_case("interleaved_1f1b", agent=agent, recompute="mixed")
+        yield tiny_case("tdzb", pipeline=3, lookahead=1, agent=agent, recompute="boundaries")
+    for agent in ("rainbow", "munchausen_dqn", "decqn"):
+        yield Case(family="nature", data=2, pipeline=2, schedule="1f1b", m=4, agent=agent)
+        yield Case(family="nature", pipeline=2, schedule="td1f1b", m=4, lookahead=1, agent=agent, dtype="float32")
+
+
+def whole_agents() -> Iterator[Case]:
+    """What `make test-all` runs of the agents: each with every schedule × p × d × recomputation × lookahead."""
+    axes = itertools.product((2, 3), (1, 2), RECOMPUTATION, (0, 1), SCHEDULES, OTHER_AGENTS)
+    for p, d, recompute, lookahead, schedule, agent in axes:
+        yield tiny_case(schedule, data=d, pipeline=p, recompute=recompute, lookahead=lookahead, agent=agent)
+
+
 def run_matrix(cases: list[Case]) -> dict[Case, dict[str, float]]:
     """On rank 0 of a pool: the errors of every case."""
     torch.set_num_threads(1)
@@ -111,9 +139,9 @@ def by_reference(cases: Iterator[Case]) -> list[Case]:
     return sorted(dict.fromkeys(cases), key=lambda case: str(case.reference()))
 
 
-SMALL = by_reference(itertools.chain(small_matrix(), covering_schedules()))
+SMALL = by_reference(itertools.chain(small_matrix(), covering_schedules(), covering_agents()))
 WHOLE = by_reference(whole_matrix())
-WHOLE_SCHEDULES = by_reference(whole_schedules())
+WHOLE_SCHEDULES = by_reference(itertools.chain(whole_schedules(), whole_agents()))
 
 
 @pytest.fixture(scope="module")

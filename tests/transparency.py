@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,7 +20,8 @@ from mpdqn.dqn.agents import make_agent
 from mpdqn.dqn.batch import Batch
 from mpdqn.learner import Learner, LearnerConfig
 from mpdqn.mesh import Mesh, World
-from mpdqn.networks import make_network, set_memory_format
+from mpdqn.networks import NoisyLinear, make_network, output_shape, set_memory_format
+from mpdqn.networks.heads import DuelingHead
 from mpdqn.partition import balance_costs
 from mpdqn.plan import RECOMPUTATION, Parallelism, Partition, Plan
 from mpdqn.randomness import keyed_seed
@@ -29,6 +30,8 @@ from mpdqn.schedule import SCHEDULES, lane_of_stages
 
 ACTIONS = 5
 UPDATES = 5
+ACTION_DIMS = 2
+"""D of agents with branching."""
 FRAMES = {
     "nature": (4, 44, 44),
     "impala": (4, 24, 24),
@@ -47,7 +50,7 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One layout to be compared.
+    """One layout to be compared. ``head`` is the agent's, unless another is named.
 
     ``placement``: ``stacked`` runs all stages of a replica in one process, ``interleaved`` deals the stages of one
     replica to two ranks in turn.
@@ -61,7 +64,7 @@ class Case:
     shards: int = 4
     optimizer: str = "adam"
     agent: str = "double_dqn"
-    head: str = "plain"
+    head: str = ""
     placement: str = "rectangular"
     dtype: str = "float64"
     memory_format: str = "contiguous"
@@ -79,7 +82,7 @@ class Case:
         layout += f"+a{self.accumulation}" * (self.accumulation > 1) + "+ahead" * self.lookahead
         rule = f"{self.agent}-{self.optimizer}-V{self.shards}-B{self.batch_size}"
         rule += f"-n{self.target_period}-tau{self.target_tau:g}"
-        return f"{self.family}-{self.head}-{layout}-{rule}-{self.dtype}-{self.memory_format}"
+        return f"{self.family}-{self.head or 'own'}-{layout}-{rule}-{self.dtype}-{self.memory_format}"
 
     @property
     def ranks(self) -> int:
@@ -152,11 +155,13 @@ def filled_shards(case: Case, seed: int = 7) -> VirtualShards:
 def build(world: World, case: Case, batch_size: int, alone: bool = False) -> Learner | None:
     """This rank's learner; collective. ``alone``: every rank builds a single process of its own."""
     frames = FRAMES[case.family]
-    options = {"width": 0.25, "fc": 64} if case.family == "impala" else {"fc": 64}
+    options: dict[str, Any] = {"width": 0.25, "fc": 64} if case.family == "impala" else {"fc": 64}
+    agent = make_agent(case.agent)
+    options |= agent.head_options(ACTION_DIMS) | ({"head": case.head} if case.head else {})
     if case.family == "tiny":
-        network = tiny_network(frames)
+        network = tiny_network(frames, **options)
     else:
-        network = make_network(case.family, frames, ACTIONS, head=case.head, seed=3, **options)
+        network = make_network(case.family, frames, ACTIONS, seed=3, **options)
     network = network.to(world.device, getattr(torch, case.dtype))
     set_memory_format(network, case.memory_format)
     costs = [1.0 + sum(p.numel() for p in layer.parameters()) ** 0.5 for layer in network]
@@ -166,7 +171,6 @@ def build(world: World, case: Case, batch_size: int, alone: bool = False) -> Lea
     parallelism = Parallelism(
         data=case.data, pipeline=case.pipeline, num_microbatches=case.m, schedule=case.schedule, virtual=case.virtual
     )
-    agent = make_agent(case.agent)
     if alone:
         plans = [Plan(partition=partition, parallelism=parallelism, placement=((r,),)) for r in range(world.size)]
     else:
@@ -200,8 +204,25 @@ def _plan(partition: Partition, parallelism: Parallelism, case: Case) -> Plan:
     return Plan.rectangular(partition, parallelism, lanes=lanes, recompute=recompute)
 
 
-def tiny_network(frames: tuple[int, int, int]) -> nn.Sequential:
+def tiny_network(
+    frames: tuple[int, int, int],
+    *,
+    head: str = "plain",
+    noisy: bool = False,
+    num_atoms: int = 1,
+    branches: int = 0,
+    **unused: Any,
+) -> nn.Sequential:
     """Twelve layers with parameters, for the pipelines of eight stages: normalised, strided, with views between."""
+    linear, shape = NoisyLinear if noisy else nn.Linear, output_shape(ACTIONS, num_atoms, branches)
+
+    def end() -> Iterator[nn.Module]:
+        if head == "dueling":
+            yield DuelingHead(12, 8, ACTIONS, noisy=noisy, num_atoms=num_atoms, branches=branches)
+            return
+        yield linear(12, math.prod(shape))
+        if len(shape) > 1:
+            yield nn.Unflatten(1, shape)
 
     class Frames(nn.Module):
         def __init__(self, channels: int) -> None:
@@ -230,11 +251,11 @@ def tiny_network(frames: tuple[int, int, int]) -> nn.Sequential:
             nn.Flatten(),
             nn.Linear(4 * 36, 16),
             nn.ReLU(),
-            nn.Linear(16, 16),
+            linear(16, 16),
             nn.Tanh(),
-            nn.Linear(16, 12),
+            linear(16, 12),
             nn.ReLU(),
-            nn.Linear(12, ACTIONS),
+            *end(),
         )
 
 
@@ -258,6 +279,8 @@ def run_case(world: World, case: Case, *, updates: int = UPDATES, alone: bool = 
         if not learner.owns_shards:
             return None
         batch = shards.sample(case.batch_size, update, owned_shards(case, trace.replica))
+        if learner.agent.branching:
+            batch = replace(batch, action=torch.stack([batch.action, (batch.action + batch.index) % ACTIONS], dim=1))
         # Uniform replay gives equal weights; unequal ones must travel, too.
         return replace(batch, weight=0.25 + (batch.index % 5) / 4)
 

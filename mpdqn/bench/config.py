@@ -29,6 +29,7 @@ from mpdqn.networks import NetworkFunction, load_network
 from mpdqn.plan import RECOMPUTATION
 from mpdqn.records import Environment
 from mpdqn.schedule import SCHEDULES
+from mpdqn.train.config import check_writable
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,13 +39,14 @@ class CompareConfig:
     env: str = "pong"
     """Atari game."""
     network: str = "resnet18"
-    """nature, impala, resnet18, resnet34, resnet50, resnet101, or one of your own as my_file.py:make_network."""
+    """nature, impala, minatar, resnet18, resnet34, resnet50, resnet101, or your own as my_file.py:make_network."""
     width: float | None = None
     """Width multiplier of IMPALA."""
-    head: Literal["plain", "dueling"] = "plain"
-    """Head of the network."""
+    head: Literal["plain", "dueling"] | None = None
+    """Head of the network; default: the agent's."""
     agent: str = "double_dqn"
-    """dqn or double_dqn."""
+    """dqn, double_dqn, dueling_dqn, prioritized_dqn, c51, noisy_dqn, rainbow, dopamine_rainbow, munchausen_dqn,
+    hl_gauss or decqn (docs/agents.md); prioritized ones are compared on uniform batches."""
     batch_size: int = 64
     """Transitions in an update, over all replicas."""
     num_microbatches: int = 8
@@ -107,6 +109,11 @@ class Job:
     layouts: tuple[Layout, ...]
     cores: tuple[int, ...]
     environment: Environment
+
+    @property
+    def head(self) -> str:
+        """The head of the network: the configured one, or the agent's."""
+        return self.config.head or str(make_agent(self.config.agent).head_options()["head"])
 
     @property
     def num_ranks(self) -> int:
@@ -196,28 +203,19 @@ def check(config: CompareConfig, network: str | NetworkFunction | None = None, l
             "--lookahead 1",
             stacklevel=2,
         )
-    _check_writable(config.out)
+    check_writable(config.out)
     if world_size is None:
         check_port(config.port)
     return job
 
 
 def _load(config: CompareConfig, network: str | NetworkFunction, spec: EnvironmentSpec, seed: int) -> nn.Sequential:
-    return load_network(
-        network, spec.observation_shape, spec.num_actions, width=config.width, head=config.head, seed=seed
-    )
+    options = make_agent(config.agent).head_options()
+    if config.head:
+        options["head"] = config.head
+    return load_network(network, spec.observation_shape, spec.num_actions, width=config.width, seed=seed, **options)
 
 
 def _name(network: str | NetworkFunction, width: float | None) -> str:
     name = network if isinstance(network, str) else getattr(network, "__name__", type(network).__name__)
     return f"{name} ×{width:g}" if width is not None else name
-
-
-def _check_writable(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from error

@@ -33,6 +33,7 @@ COLORS = {
     "I": ("#D55E00", "I  backward for the input"),
     "W": ("#F0E442", "W  backward for the weights"),
     "T": ("#009E73", "T  target network on next_obs"),
+    "M": ("#44AA99", "M  target network on obs"),
     "D": ("#CC79A7", "D  online network on next_obs"),
     "optimizer": ("#333333", "optimizer"),
     "exchange": ("#999999", "exchange of gradients"),

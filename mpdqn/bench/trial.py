@@ -31,6 +31,7 @@ from mpdqn.bench.costs import cost_table
 from mpdqn.bench.measure import RankMeasurement, combine
 from mpdqn.bench.trace import chrome_trace
 from mpdqn.cores import memory_per_rank, peak_memory, pin, reset_peak_memory
+from mpdqn.dqn.acting import ActionValues
 from mpdqn.dqn.agents import make_agent
 from mpdqn.dqn.batch import Batch
 from mpdqn.environments import FRAMES_PER_ACTION
@@ -159,7 +160,7 @@ class Trials:
         if self._first:
             network = self._job.make_network().to(self._world.device)
             stats = collect(
-                network,
+                ActionValues(network, self._agent),
                 config.env,
                 shards,
                 num_transitions=config.transitions,
@@ -332,7 +333,9 @@ class Trials:
             agent=self._agent,
             batch_size=self._config.batch_size,
             observation_shape=self._job.spec.observation_shape,
-            config=replace(PROBE if probe else LearnerConfig(), lookahead=self._config.lookahead),
+            config=replace(
+                PROBE if probe else LearnerConfig(), lookahead=self._config.lookahead, seed=self._config.seed
+            ),
             table=arranged.table,
         )
         if probe:
@@ -356,7 +359,7 @@ class Trials:
             "stacked": layout.stacked,
             "oversubscribed": layout.oversubscribed(self._num_cores, devices, launched_local_world_size()),
             "network": self._job.network_name,
-            "head": config.head,
+            "head": self._job.head,
             "environment": config.env,
             "batch_size": config.batch_size,
             "agent": config.agent,

@@ -13,9 +13,10 @@ from torch import Tensor
 class Batch:
     """B transitions, in the order of the virtual shards that gave them.
 
-    Shapes and dtypes: ``obs`` and ``next_obs`` [B, C, H, W] uint8; ``action`` [B] int64; ``reward`` [B] float, the
-    n-step return; ``discount`` [B] float, γⁿ or 0 after a terminal state; ``weight`` [B] float, importance weights;
-    ``index`` [B] int64, the position of each transition in its shard, for the way back of the TD errors.
+    Shapes and dtypes: ``obs`` and ``next_obs`` [B, C, H, W] uint8; ``action`` [B] int64, or [B, D] with one number in
+    each of D dimensions; ``reward`` [B] float, the n-step return; ``discount`` [B] float, γⁿ or 0 after a terminal one;
+    ``weight`` [B] float, importance weights; ``index`` [B] int64, the position of each transition in its shard, for the
+    way back of the TD errors. ``obs`` and ``next_obs`` may be views of the same frames: write to neither.
     """
 
     obs: Tensor

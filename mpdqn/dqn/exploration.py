@@ -41,20 +41,23 @@ class ExplorationDraws:
         seed: the run's seed.
         environments: global index of each of the N environments.
         num_actions: A.
+        action_shape: () or (D,), of one environment's action; each dimension is drawn by itself.
     """
 
-    def __init__(self, *, seed: int, environments: Sequence[int], num_actions: int) -> None:
+    def __init__(
+        self, *, seed: int, environments: Sequence[int], num_actions: int, action_shape: tuple[int, ...] = ()
+    ) -> None:
         n = len(environments)
         self._seed, self._environments, self._num_actions = seed, tuple(environments), num_actions
         # One generator per environment would have to be stepped in order; a block can be made again from its name.
         self._block = np.full((n, 2), -1, dtype=np.int64)  # episode and number of the block that is prepared
         self._threshold = np.empty((n, BLOCK))
-        self._action = np.empty((n, BLOCK), dtype=np.int64)
+        self._action = np.empty((n, BLOCK, *action_shape), dtype=np.int64)
 
     def draw(
         self, episode: NDArray[np.int64], step: NDArray[np.int64]
     ) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-        """For each environment a uniform number in [0, 1) and a uniform action.
+        """For each environment a uniform number in [0, 1), [N], and a uniform action, [N] or [N, D].
 
         ``episode`` and ``step`` [N] say where each environment is. It explores, with that action, where the number is
         below ε. Both are drawn every time, so that the stream doesn't depend on ε.
@@ -64,7 +67,7 @@ class ExplorationDraws:
             name = keyed_seed("exploration", self._seed, self._environments[i], int(block[i, 0]))
             generator = np.random.default_rng([name, int(block[i, 1])])
             self._threshold[i] = generator.random(BLOCK)
-            self._action[i] = generator.integers(self._num_actions, size=BLOCK)
+            self._action[i] = generator.integers(self._num_actions, size=self._action.shape[1:])
             self._block[i] = block[i]
         everyone, place = np.arange(len(block)), step % BLOCK
         return self._threshold[everyone, place], self._action[everyone, place]

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
+WEIGHTED = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+
 
 def count_parameters(network: nn.Module) -> int:
     """Number of trainable and frozen weights; a weight that two layers share counts once."""
@@ -21,25 +23,29 @@ def count_macs(network: nn.Module, observation_shape: tuple[int, int, int]) -> i
     Biases, norms, activations and pooling aren't counted, as in the tables of the papers. One frame is sent through
     the network on its own device; a network built under ``torch.device("meta")`` is counted without computing.
     """
-    total = 0
+    first = next(itertools.chain(network.parameters(), network.buffers()), torch.empty(0))
+    frame = torch.zeros(1, *observation_shape, dtype=torch.uint8, device=first.device)
+    return sum(count_layer_macs(nn.Sequential(network), frame))
+
+
+@torch.no_grad()
+def count_layer_macs(network: nn.Sequential, frames: torch.Tensor) -> list[int]:
+    """Multiply-accumulates of each layer of a chain on the batch ``frames`` [B, C, H, W], see `count_macs`."""
+    counts: list[int] = []
 
     def add(layer: nn.Module, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
-        nonlocal total
         # each output number is one dot product with the weights of its channel
         weight = layer.weight
         assert isinstance(weight, torch.Tensor)
-        total += output.numel() * math.prod(weight.shape[1:])
+        counts[-1] += output.numel() * math.prod(weight.shape[1:])
 
-    hooks = [
-        layer.register_forward_hook(add)
-        for layer in network.modules()
-        if isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear)
-    ]
-    first = next(itertools.chain(network.parameters(), network.buffers()), torch.empty(0))
+    hooks = [layer.register_forward_hook(add) for layer in network.modules() if isinstance(layer, WEIGHTED)]
+    x = frames
     try:
-        with torch.no_grad():
-            network(torch.zeros(1, *observation_shape, dtype=torch.uint8, device=first.device))
+        for layer in network:
+            counts.append(0)
+            x = layer(x)
     finally:
         for hook in hooks:
             hook.remove()
-    return total
+    return counts

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -47,6 +47,7 @@ def impala(
     fc: int = 256,
     pooling: Pooling = "flatten",
     head: Head = "plain",
+    **options: Any,
 ) -> nn.Sequential:
     """IMPALA ×``width`` for frames ``(C, H, W)`` of any size: uint8 ``[B, C, H, W]`` to floats ``[B, num_actions]``.
 
@@ -76,5 +77,5 @@ def impala(
         layers["average_pool"] = nn.AdaptiveAvgPool2d(1)
         rows = columns = 1
     layers["flatten"] = nn.Flatten()
-    layers |= head_layers(head, channels * rows * columns, fc, num_actions)
+    layers |= head_layers(head, channels * rows * columns, fc, num_actions, **options)
     return nn.Sequential(OrderedDict(layers))

@@ -1,8 +1,8 @@
 """A network from a word: a name of the zoo, a function in the user's file, or the function itself.
 
 The user's function takes ``(observation_shape, num_actions)`` and returns any `nn.Module` that maps uint8 frames
-``[B, C, H, W]`` to action values ``[B, num_actions]``. An `nn.Sequential` can be cut between its layers; any other
-module is one layer, until it is traced.
+``[B, C, H, W]`` to action values ``[B, num_actions]``, or to the logits that a distributional agent needs. An
+`nn.Sequential` can be cut between its layers; any other module is one layer, until it is traced.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from mpdqn.networks.exactness import check_exactness
-from mpdqn.networks.heads import Head
+from mpdqn.networks.heads import Head, output_shape
 from mpdqn.networks.impala import Pooling
 from mpdqn.networks.initialization import keyed_draws
 from mpdqn.networks.zoo import NAMES, check_shape, make_network, nearest
@@ -37,6 +37,9 @@ def load_network(
     fc: int | None = None,
     pooling: Pooling | None = None,
     head: Head = "plain",
+    noisy: bool = False,
+    num_atoms: int = 1,
+    branches: int = 0,
     seed: int = 0,
 ) -> nn.Sequential:
     """The network that ``spec`` names, as a chain of layers on the CPU.
@@ -46,12 +49,14 @@ def load_network(
             draws its weights from the stream ("initialization", ``seed``, "network").
         observation_shape: ``(C, H, W)``.
         num_actions: number of actions.
-        width, fc, pooling, head: options of the zoo, see `make_network`.
+        width, fc, pooling, head, noisy: options of the zoo, see `make_network`.
+        num_atoms, branches: K and D of the output, which a network from elsewhere must have by itself.
         seed: seed of the initialisation.
 
     Raises:
         ValueError: if there is no such network, its file or function fails, it isn't exact (`check_exactness`), its
-            parameters aren't on the CPU, or it doesn't turn ``[2, C, H, W]`` frames into ``[2, num_actions]`` floats.
+            parameters aren't on the CPU, or it doesn't turn ``[2, C, H, W]`` frames into floats ``[2, num_actions]``
+            (``[2, *output_shape]`` with atoms or branches).
 
     Warns:
         UserWarning: about an option of the zoo given with a network from elsewhere.
@@ -59,18 +64,30 @@ def load_network(
     if isinstance(spec, str) and (spec in NAMES or not _looks_like_file(spec)):
         try:
             return make_network(
-                spec, observation_shape, num_actions, width=width, fc=fc, pooling=pooling, head=head, seed=seed
+                spec,
+                observation_shape,
+                num_actions,
+                width=width,
+                fc=fc,
+                pooling=pooling,
+                head=head,
+                noisy=noisy,
+                num_atoms=num_atoms,
+                branches=branches,
+                seed=seed,
             )
         except ValueError as error:
             if spec in NAMES:
                 raise
             raise ValueError(f"{error}; a network of your own is path/to/file.py:function") from None
     check_shape(observation_shape, num_actions)
+    shape = output_shape(num_actions, num_atoms, branches)
     for option, value, default in (
         ("width", width, None),
         ("fc", fc, None),
         ("pooling", pooling, None),
         ("head", head, "plain"),
+        ("noisy", noisy, False),
     ):
         if value != default:
             warnings.warn(f"{option}={value!r} has no effect on {_label(spec)}; the zoo has it", stacklevel=2)
@@ -87,7 +104,7 @@ def load_network(
             raise ValueError(f"{label} returned {type(module).__name__}; return a torch.nn.Module")
         check_exactness(module)
         # inside the stream, because a lazy layer draws its weights at its first forward
-        _check_forward(module, label, observation_shape, num_actions)
+        _check_forward(module, label, observation_shape, shape)
     return as_chain(module)
 
 
@@ -145,7 +162,9 @@ def _function_of(spec: str) -> NetworkFunction:
     return found
 
 
-def _check_forward(module: nn.Module, label: str, observation_shape: tuple[int, int, int], num_actions: int) -> None:
+def _check_forward(
+    module: nn.Module, label: str, observation_shape: tuple[int, int, int], shape: tuple[int, ...]
+) -> None:
     for name, parameter in module.named_parameters():
         if parameter.device.type != "cpu":
             raise ValueError(f"{label} has {name} on {parameter.device}; build it on the CPU, mpdqn moves it")
@@ -159,9 +178,11 @@ def _check_forward(module: nn.Module, label: str, observation_shape: tuple[int, 
             f"{tuple(frames.shape)}): {_one_line(error)}"
         ) from error
     if not isinstance(values, torch.Tensor):
-        raise ValueError(f"network {label} returned {type(values).__name__}; return a tensor [B, {num_actions}]")
-    if tuple(values.shape) != (2, num_actions) or not values.is_floating_point():
+        wanted = ", ".join(map(str, ("B", *shape)))
+        raise ValueError(f"network {label} returned {type(values).__name__}; return a tensor [{wanted}]")
+    if tuple(values.shape) != (2, *shape) or not values.is_floating_point():
+        meaning = "one value per action" if len(shape) == 1 else "what this agent learns (docs/agents.md)"
         raise ValueError(
             f"network {label} turned frames of shape {tuple(frames.shape)} into {values.dtype} of shape "
-            f"{tuple(values.shape)}; it must return floats of shape {(2, num_actions)}, one value per action"
+            f"{tuple(values.shape)}; it must return floats of shape {(2, *shape)}, {meaning}"
         )

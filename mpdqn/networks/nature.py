@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 from torch import nn
 
@@ -15,9 +16,11 @@ SMALLEST = 36  # 36 -> 8 -> 3 -> 1 pixels
 
 
 def nature(
-    observation_shape: tuple[int, int, int], num_actions: int, *, fc: int = 512, head: Head = "plain"
+    observation_shape: tuple[int, int, int], num_actions: int, *, fc: int = 512, head: Head = "plain", **options: Any
 ) -> nn.Sequential:
     """The Nature network for frames ``(C, H, W)``: uint8 ``[B, C, H, W]`` to floats ``[B, num_actions]``.
+
+    ``options`` are those of `head_layers`.
 
     Raises:
         ValueError: if the frames are smaller than the three convolutions need.
@@ -36,5 +39,5 @@ def nature(
         channels = out_channels
         height, width = (height - kernel) // stride + 1, (width - kernel) // stride + 1
     layers["flatten"] = nn.Flatten()
-    layers |= head_layers(head, channels * height * width, fc, num_actions)
+    layers |= head_layers(head, channels * height * width, fc, num_actions, **options)
     return nn.Sequential(OrderedDict(layers))

@@ -9,6 +9,7 @@ time. Unlike the ImageNet network, one hidden layer stands before the action val
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 from torch import nn
@@ -96,9 +97,17 @@ DEPTHS: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int
 
 
 def resnet(
-    observation_shape: tuple[int, int, int], num_actions: int, *, depth: int, fc: int = 512, head: Head = "plain"
+    observation_shape: tuple[int, int, int],
+    num_actions: int,
+    *,
+    depth: int,
+    fc: int = 512,
+    head: Head = "plain",
+    **options: Any,
 ) -> nn.Sequential:
     """ResNet-``depth`` for frames ``(C, H, W)`` of any size: uint8 ``[B, C, H, W]`` to floats ``[B, num_actions]``.
+
+    ``options`` are those of `head_layers`.
 
     Raises:
         ValueError: if ``depth`` isn't 18, 34, 50 or 101.
@@ -121,5 +130,5 @@ def resnet(
             channels = block.expansion * stage_channels
     layers["average_pool"] = nn.AdaptiveAvgPool2d(1)
     layers["flatten"] = nn.Flatten()
-    layers |= head_layers(head, channels, fc, num_actions)
+    layers |= head_layers(head, channels, fc, num_actions, **options)
     return nn.Sequential(OrderedDict(layers))

@@ -11,10 +11,11 @@ from torch import nn
 from mpdqn.networks.heads import Head
 from mpdqn.networks.impala import Pooling, impala
 from mpdqn.networks.initialization import initialize, keyed_draws
+from mpdqn.networks.minatar import minatar
 from mpdqn.networks.nature import nature
 from mpdqn.networks.resnet import DEPTHS, resnet
 
-NAMES = ("nature", "impala", *(f"resnet{depth}" for depth in DEPTHS))
+NAMES = ("nature", "impala", "minatar", *(f"resnet{depth}" for depth in DEPTHS))
 
 
 def make_network(
@@ -26,21 +27,29 @@ def make_network(
     fc: int | None = None,
     pooling: Pooling | None = None,
     head: Head = "plain",
+    noisy: bool = False,
+    num_atoms: int = 1,
+    branches: int = 0,
     seed: int = 0,
 ) -> nn.Sequential:
     """A network of the zoo on the CPU in float32: a flat chain of named layers, initialised by ``seed`` (`initialize`).
 
-    It takes uint8 frames ``[B, C, H, W]``, scales them itself, and returns action values ``[B, num_actions]``.
+    It takes uint8 frames ``[B, C, H, W]``, scales them itself, and returns action values ``[B, num_actions]``, or what
+    an agent needs in their place (`mpdqn.networks.heads`); ``agent.head_options()`` are ``head``, ``noisy``,
+    ``num_atoms`` and ``branches``.
 
     Args:
         name: one of `NAMES`.
         observation_shape: ``(C, H, W)``.
         num_actions: number of actions.
         width: multiplier of IMPALA's channels; None is 1, as published.
-        fc: units of the hidden layer; None is 512, and 256 for IMPALA.
+        fc: units of the hidden layer; None is 512, 256 for IMPALA and 128 for minatar.
         pooling: what stands between IMPALA's convolutions and ``fc``, ``flatten`` or ``average``; None is the
             network's own, ``average`` in the ResNets and ``flatten`` elsewhere.
         head: ``plain`` or ``dueling``; the dueling head has a hidden layer of ``fc`` units in each of its streams.
+        noisy: whether all linear layers are noisy (`NoisyLinear`).
+        num_atoms: K logits for each action; 1 is one value.
+        branches: D, for actions of D dimensions with ``num_actions`` choices each; 0 is one action without dimensions.
         seed: seed of the initialisation.
 
     Raises:
@@ -54,7 +63,8 @@ def make_network(
     check_shape(observation_shape, num_actions)
     if fc is not None and fc < 1:
         raise ValueError(f"fc is {fc} but the hidden layer needs at least 1 unit")
-    options: dict[str, Any] = {"head": head} | ({} if fc is None else {"fc": fc})
+    options: dict[str, Any] = {"head": head, "noisy": noisy, "num_atoms": num_atoms, "branches": branches}
+    options |= {} if fc is None else {"fc": fc}
     own_pooling = "average" if name.startswith("resnet") else "flatten"
     if name != "impala":
         if pooling not in (None, *get_args(Pooling)):
@@ -67,6 +77,8 @@ def make_network(
     with keyed_draws("initialization", seed):
         if name == "nature":
             network = nature(observation_shape, num_actions, **options)
+        elif name == "minatar":
+            network = minatar(observation_shape, num_actions, **options)
         elif name == "impala":
             network = impala(
                 observation_shape,

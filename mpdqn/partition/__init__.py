@@ -9,7 +9,8 @@ reach another name of a file, import it from the file: ``from mpdqn.partition.ba
 """
 
 from mpdqn.partition.balance import balance, balance_costs
+from mpdqn.partition.counted import counted_profile
 from mpdqn.partition.profile import profile
 from mpdqn.partition.split import split
 
-__all__ = ["balance", "balance_costs", "profile", "split"]
+__all__ = ["balance", "balance_costs", "counted_profile", "profile", "split"]

@@ -38,10 +38,8 @@ def layer_costs(
         TypeError: if a layer returns anything but one tensor.
         ValueError: if a layer hides the gradient of its input.
     """
-    # Not named_children: it names a layer that stands in two places only once.
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name and "." not in name]
-    layers = dict(zip(names, model, strict=True))
-    activations, boundaries = _bytes(layers, example)
+    layers = named_layers(model)
+    activations, boundaries = layer_bytes(model, example)
     clock = _clock(example.device)
     sums = {p: torch.zeros_like(p) for p in model.parameters() if p.requires_grad} if accumulate else {}
     rounds = [
@@ -100,6 +98,13 @@ def memory_format(model: nn.Module) -> str:
             if last != first:
                 formats.add("channels_last" if last else "contiguous")
     return "mixed" if len(formats) > 1 else next(iter(formats), "contiguous")
+
+
+def named_layers(model: nn.Sequential) -> dict[str, nn.Module]:
+    """The layers of the chain ``model`` by name, in their order; one that stands in two places, twice."""
+    # Not named_children: it names such a layer only once.
+    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name and "." not in name]
+    return dict(zip(names, model, strict=True))
 
 
 def _trained(layer: nn.Module) -> list[nn.Parameter]:
@@ -163,13 +168,12 @@ def _round(
     return forward, backward
 
 
-def _bytes(layers: dict[str, nn.Module], example: Tensor) -> tuple[list[int], list[int]]:
+def layer_bytes(model: nn.Sequential, example: Tensor) -> tuple[list[int], list[int]]:
     """What autograd keeps for each layer, and the size of each layer's output, in bytes.
 
     A storage that several layers keep, as the output of a ReLU that the next convolution needs too, counts for the
     first of them. Parameters and buffers are kept anyway and do not count.
     """
-    model = nn.ModuleList(layers.values())
     resident = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, torch.UntypedStorage] = {}  # the storages themselves, lest a freed address be given out again
 
@@ -182,7 +186,7 @@ def _bytes(layers: dict[str, nn.Module], example: Tensor) -> tuple[list[int], li
     activations, boundaries = [], []
     x = example
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        for k, (name, layer) in enumerate(layers.items()):
+        for k, (name, layer) in enumerate(named_layers(model).items()):
             before = len(kept)
             x = layer(x)
             if not isinstance(x, Tensor):

@@ -1,7 +1,7 @@
 """`Pipeline`: runs action tables over torch's pipeline stages.
 
-Each kind of pass (F/B online on obs, T target on next_obs, D online on next_obs) has stage objects of its own and a
-process group of its own. At the start of a step a rank posts every receive that it will need, in the order of the
+Each kind of pass (F/B online on obs, T target on next_obs, …) has stage objects of its own and a process group of its
+own. At the start of a step a rank posts every receive that it will need, in the order of the
 senders (on a GPU each when its action comes); then it runs its actions in the table's order, sends each result without
 waiting for it, and at the end sees to it that all has left:
 
@@ -40,10 +40,10 @@ from mpdqn.schedule.actions import (
 from mpdqn.schedule.tables import ActionTable
 
 Loss = Callable[[int, Tensor, Mapping[str, Tensor]], Tensor]
-"""(micro-batch, q [b, A], value [b, A] of each no-gradient pass) -> scalar loss; called on the last stage's rank."""
+"""(micro-batch, output of F [b, …], that of each no-gradient pass) -> scalar loss; on the last stage's rank."""
 
 Values = dict[str, dict[int, Tensor]]
-"""What no-gradient passes gave: by letter and micro-batch, [b, A] each; empty but on the last stage's rank."""
+"""What no-gradient passes gave: by letter and micro-batch, [b, …] each; empty but on the last stage's rank."""
 
 
 @dataclass(frozen=True)
@@ -141,8 +141,8 @@ class Pipeline:
 
         Args:
             program: what to run, over the stages of this pipeline.
-            frames: [b, C, H, W] uint8, this replica's part of a batch, for each kind of pass: obs for F, next_obs for
-                the others; on the rank of the first stage, empty elsewhere.
+            frames: [b, C, H, W] uint8, this replica's part of a batch, for each kind of pass, obs or next_obs; on
+                the rank of the first stage, empty elsewhere.
             loss: see `Loss`.
             stopwatch: gets a span for each action, from the moment its inputs are there.
             known: values of passes that ran in an earlier step, for the loss of this one.

@@ -18,8 +18,8 @@ class Stage:
     """Stage ``index``: the same layers of the online and the target network, with global parameter names.
 
     ``example_input`` and ``example_output`` are meta tensors of one micro-batch, with the shape, dtype and strides that
-    every micro-batch has at this stage's two ends. ``value_dtype`` is that of the whole network's output, known to
-    every rank, whatever its own layers compute in.
+    every micro-batch has at this stage's two ends. ``value_dtype`` and ``value_shape`` (of one row) are those of the
+    whole network's output, known to every rank, whatever its own layers compute.
     """
 
     index: int
@@ -28,6 +28,7 @@ class Stage:
     example_input: Tensor
     example_output: Tensor
     value_dtype: torch.dtype
+    value_shape: tuple[int, ...]
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The online parameters, under their global names."""
@@ -59,7 +60,8 @@ def build_stages(
     """The stages ``indices`` of ``network`` on ``device``, each with a target network that starts as a copy.
 
     Args:
-        network: the whole chain, input uint8 [B, C, H, W], output [B, A]; its parameters become the online ones.
+        network: the whole chain, input uint8 [B, C, H, W], output [B, A] or what its agent
+            learns; its parameters become the online ones.
         partition: where it is cut.
         indices: which stages are wanted here.
         frames: C, H, W of an observation.
@@ -82,6 +84,7 @@ def build_stages(
                 example_input=ends[index],
                 example_output=ends[index + 1],
                 value_dtype=ends[-1].dtype,
+                value_shape=tuple(ends[-1].shape[1:]),
             )
         )
     return stages

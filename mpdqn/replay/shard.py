@@ -17,22 +17,29 @@ sampleable; the n rows behind it are not sampleable yet, unless their episode en
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from tensordict import TensorDict
 from torch import Tensor
 from torchrl.data import TensorStorage
 
 from mpdqn.dqn.batch import Batch
-from mpdqn.randomness import keyed_seed
+from mpdqn.dqn.prioritization import Prioritization
+from mpdqn.replay.gather import gather, index_of
+from mpdqn.replay.rows import field_rows, frame_rows
+from mpdqn.replay.sampling import Rows, make_sampler
 
 
 class Shard:
     """A ring of single frames for the E environments of one virtual shard, sampled as stacks and n-step returns.
 
-    The rows live in one TorchRL storage. A row costs one frame (7,056 bytes for Atari) and 23 bytes for its fields.
-    Rewards are stored as the environment gave them.
+    The rows live in one TorchRL storage. A row costs one frame (7,056 bytes for Atari) and 25 bytes for its fields;
+    with priorities 7 bytes more, and 32 to 64 bytes for the two trees that are drawn with. Rewards are stored as the
+    environment gave them.
 
     Args:
         index: the shard's number among all virtual shards; it names the shard's random stream.
@@ -45,6 +52,9 @@ class Shard:
         n_step: rewards in a return.
         discount: γ of one agent step.
         clip_rewards: whether each step's reward is clipped to [−1, 1] before the return is summed (Mnih et al. 2015).
+        action_shape: of one action: () for a number, (D,) for one number in each of D dimensions.
+        prioritization: how transitions are prioritised; uniform replay if None.
+        directory: folder whose file holds the frames, made by `mpdqn.replay.rows.reserve`; in memory if None.
 
     Raises:
         ValueError: if a count is below 1, or ``stack`` does not divide C.
@@ -62,45 +72,53 @@ class Shard:
         n_step: int = 1,
         discount: float = 0.99,
         clip_rewards: bool = True,
+        action_shape: tuple[int, ...] = (),
+        prioritization: Prioritization | None = None,
+        directory: Path | None = None,
     ) -> None:
-        for name, count in (("capacity", capacity), ("num_envs", num_envs), ("stack", stack), ("n_step", n_step)):
-            if count < 1:
-                raise ValueError(f"{name} is {count} but must be at least 1")
-        channels, height, width = observation_shape
-        if channels % stack:
-            raise ValueError(f"observations have {channels} channels, which is not a multiple of stack = {stack}")
-        self.index = index
-        self.num_envs = num_envs
+        frames = ring_shape(observation_shape, capacity, num_envs, stack, n_step)
+        rows, self.frame_shape = frames[0], frames[1:]
+        self.index, self.num_envs, self.stack, self.n_step = index, num_envs, stack, n_step
         self.capacity = num_envs * math.ceil(capacity / num_envs)
-        self._seed, self._stack, self._n_step, self._clip_rewards = seed, stack, n_step, clip_rewards
-        # With the rows that cannot be sampled at either end of the ring, `capacity` can be.
-        self._length = self.capacity // num_envs + (stack - 1) + n_step
-        rows = num_envs * self._length
-        # Zeros are mapped, not touched: memory fills as the ring does.
-        self._rows: dict[str, Tensor] = {
-            "frame": torch.zeros(rows, channels // stack, height, width, dtype=torch.uint8),
-            "action": torch.zeros(rows, dtype=torch.int64),
-            "reward": torch.zeros(rows, dtype=torch.float32),
-            "terminated": torch.zeros(rows, dtype=torch.bool),
-            "truncated": torch.zeros(rows, dtype=torch.bool),
-            "step": torch.zeros(rows, dtype=torch.int32),
-            "td_error": torch.full((rows,), torch.nan),  # |δ|, unknown until it is returned
-            "sampleable": torch.zeros(rows, dtype=torch.bool),
-        }
-        self._storage: Any = TensorStorage(TensorDict(self._rows, batch_size=[rows]))
-        self._written = torch.zeros(num_envs, dtype=torch.int64)  # rows ever written: the position of the next one
-        self._step = torch.zeros(num_envs, dtype=torch.int64)  # steps since the episode began
+        self.clip_rewards, self.action_shape = clip_rewards, action_shape
         # γ⁰ … γⁿ by the definition, so that a reference can be equal and not merely close.
-        self._discounts = torch.tensor([discount**k for k in range(n_step + 1)], dtype=torch.float64)
+        self.discounts = np.array([discount**k for k in range(n_step + 1)])
+        self._seed = seed
+        self.length = rows // num_envs  # L
+        frame = frame_rows(frames, directory)
+        self.records, fields = field_rows(rows, action_shape)
+        self._fields = {"frame": frame} | fields
+        self._fields["td_error"].fill_(torch.nan)  # |δ|, unknown until it is returned
+        self.storage = TensorStorage(TensorDict(self._fields, batch_size=[rows]))
+        self._sampler = make_sampler(num_envs, self.length, prioritization)
+        self._cursors = {
+            "written": torch.zeros(num_envs, dtype=torch.int64),  # rows ever written: the position of the next one
+            "episode_step": torch.zeros(num_envs, dtype=torch.int64),  # steps since the episode began
+            "num_inserted": torch.zeros(1, dtype=torch.int64),
+        }
+        # Views of the same memory: a step of few environments is many small operations, and numpy's start sooner.
+        self.frames = frame.numpy()
+        self.written, self._step, self._inserted = (tensor.numpy() for tensor in self._cursors.values())
+        self._everyone = np.arange(num_envs)
 
     def __len__(self) -> int:
         """How many transitions can be sampled now."""
-        return int(torch.count_nonzero(self._rows["sampleable"]))
+        return self._sampler.count
+
+    @property
+    def num_inserted(self) -> int:
+        """Transitions ever appended."""
+        return int(self._inserted[0])
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the ring when it is full."""
+        """Bytes of the ring when it is full, without the trees of priorities."""
         return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+
+    @property
+    def lowest(self) -> float:
+        """The smallest share of the shard's mass that any transition has; infinite without priorities."""
+        return self._sampler.lowest
 
     def append(
         self,
@@ -114,19 +132,30 @@ class Shard:
     ) -> None:
         """Store one step of every environment; only the newest frame of each observation is kept.
 
-        ``observation`` and ``next_observation`` [E, C, H, W] uint8; ``action`` [E]; ``reward`` [E], not clipped;
-        ``terminated`` and ``truncated`` [E] bool. ``next_observation`` is the true one: of an episode that ended,
-        its last, not the first of the next episode.
+        ``observation`` and ``next_observation`` [E, C, H, W] uint8; ``action`` [E] or [E, D]; ``reward`` [E], not
+        clipped; ``terminated`` and ``truncated`` [E] bool. ``next_observation`` is the true one: of an episode that
+        ended, its last, not the first of the next episode.
         """
-        everyone = torch.arange(self.num_envs)
-        frame = self._newest_frame(observation)
-        self._write(
-            everyone, frame, action=action, reward=reward, terminated=terminated, truncated=truncated, last=False
-        )
-        ended = (terminated | truncated).nonzero().squeeze(1)
+        env = self._everyone
+        row = self._begin_rows(env, observation.numpy())
+        records = self.records
+        records["action"][row] = action.numpy()
+        records["reward"][row] = reward.numpy()
+        records["terminated"][row] = ended_by_rule = terminated.numpy()
+        records["truncated"][row] = cut_short = truncated.numpy()
+        # This row completes the return of the transition n steps before it.
+        self._complete(env, self.n_step)
+        self._end_rows(env)
+        self._inserted += self.num_envs
+        ended = (ended_by_rule | cut_short).nonzero()[0]
         if len(ended):
-            frame, nothing = self._newest_frame(next_observation[ended]), torch.zeros(len(ended))
-            self._write(ended, frame, action=nothing, reward=nothing, terminated=nothing, truncated=nothing, last=True)
+            row = self._begin_rows(ended, next_observation.numpy()[ended])
+            for name in ("action", "reward", "terminated", "truncated"):
+                self.records[name][row] = 0
+            # An episode's last row completes all transitions that are still open, as they get no further steps.
+            for steps in range(1, self.n_step + 1):
+                self._complete(ended, steps)
+            self._end_rows(ended)
             self._step[ended] = 0
 
     def interrupt(self) -> None:
@@ -135,72 +164,50 @@ class Shard:
         For environments that were replaced or reset from outside. The last n transitions of an episode that was left
         so are never sampled, as their returns are unknown.
         """
-        self._step.zero_()
+        self._step.fill(0)
 
-    def sample(self, count: int, update: int) -> Batch:
-        """``count`` transitions, uniformly and with replacement, from the stream of (seed, shard, ``update``).
+    def draw(self, count: int, update: int) -> tuple[Rows, NDArray[np.float64] | None]:
+        """Rows [count] of transitions, with replacement, and each one's share of the shard's mass (None: uniform).
 
-        The same call on the same content gives the same batch. Returns are float32, ``index`` names a transition for
-        `return_td_errors` even after the ring has moved on.
+        They come from the stream of (seed, shard, ``update``): the same call on the same content gives the same draw.
 
         Raises:
             ValueError: if fewer than ``count`` transitions can be sampled.
         """
-        available = len(self)
-        if available < count or available == 0:
+        available = self._sampler.count
+        if available < max(count, 1):
             raise ValueError(
                 f"{count} transitions are asked of shard {self.index} but {available} can be sampled; collect first"
             )
-        generator = torch.Generator().manual_seed(keyed_seed("sampling", self._seed, self.index, update))
-        kept = self._written.clamp(max=self._length)
-        ends = kept.cumsum(0)
-        chosen: list[Tensor] = []
-        missing = count
-        while missing:  # a draw is refused with the small share of rows that cannot be sampled
-            draw = torch.randint(int(ends[-1]), (count,), generator=generator)
-            env = torch.searchsorted(ends, draw, right=True)
-            index = (self._written[env] - ends[env] + draw) * self.num_envs + env
-            index = index[self._rows["sampleable"][self._row(*self._env_and_position(index))]][:missing]
-            chosen.append(index)
-            missing -= len(index)
-        return self.gather(torch.cat(chosen))
+        return self._sampler.draw(count, ("sampling", self._seed, self.index, update))
+
+    def sample(self, count: int, update: int) -> Batch:
+        """`draw` and `gather`.
+
+        Returns are float32, ``index`` names a transition for `return_td_errors` even after the ring has moved on.
+        """
+        return self.gather(torch.from_numpy(index_of([(self, self.draw(count, update)[0])])))
 
     def gather(self, index: Tensor) -> Batch:
-        """The transitions that ``index`` [B] int64 names, rebuilt: see `sample`."""
-        env, position = self._env_and_position(index)
-        first = self._row(env, position)
-        rows = self._row(env[:, None], position[:, None] + torch.arange(self._n_step))
-        terminated, truncated = self._rows["terminated"][rows], self._rows["truncated"][rows]
-        done = (terminated | truncated).long()
-        taken = done.cumsum(1) - done == 0  # [B, n]: step i was taken, as the episode did not end before it
-        num_steps = taken.sum(1)
-        reward = self._rows["reward"][rows].double()
-        if self._clip_rewards:
-            reward = reward.clamp(-1.0, 1.0)
-        returns = torch.zeros(len(index), dtype=torch.float64)
-        for i in range(self._n_step):
-            returns += self._discounts[i] * reward[:, i] * taken[:, i]
-        survived = ~(terminated & taken).any(1)
-        step = self._rows["step"][first].long()
-        return Batch(
-            obs=self._stacks(env, position, step),
-            next_obs=self._stacks(env, position + num_steps, step + num_steps),
-            action=self._rows["action"][first],
-            reward=returns.float(),
-            discount=(self._discounts[num_steps] * survived).float(),
-            weight=torch.ones(len(index)),
-            index=index,
-        )
+        """The transitions that ``index`` [B] int64 names, with weights of 1: see `mpdqn.replay.gather`."""
+        return gather([(self, index.numpy())])
 
     def return_td_errors(self, index: Tensor, td_errors: Tensor) -> None:
-        """Write |δ| [B] to the transitions ``index`` [B]; those overwritten since they were sampled are left out."""
-        env, position = self._env_and_position(index)
-        kept = position >= self._written[env] - self._length
-        self._rows["td_error"][self._row(env, position)[kept]] = td_errors.detach().abs().cpu().float()[kept]
+        """Write |δ| [B] to the transitions ``index`` [B]; those overwritten since they were sampled are left out.
+
+        Raises:
+            ValueError: if there are priorities and an error is not finite.
+        """
+        indices, magnitudes = index.cpu().numpy(), td_errors.detach().abs().double().cpu().numpy()
+        env, position = indices % self.num_envs, indices // self.num_envs
+        kept = position >= self.written[env] - self.length
+        row, magnitudes = self._row(env, position)[kept], magnitudes[kept]
+        self._sampler.update(row, magnitudes)
+        self.records["td_error"][row] = magnitudes
 
     def tensors(self) -> dict[str, Tensor]:
         """The whole state as plain tensors, not copied; `load_tensors` of an equally built shard takes them."""
-        return self._rows | {"written": self._written, "episode_step": self._step}
+        return self._fields | self._cursors | self._sampler.tensors()
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
         """Copy in the state of a shard with the same sizes.
@@ -219,39 +226,43 @@ class Shard:
                 )
         for name, tensor in own.items():
             tensor.copy_(tensors[name])
+        self._sampler.reload()
 
-    def _write(self, env: Tensor, frame: Tensor, *, last: bool, **fields: Tensor) -> None:
-        """Put one row at the head of each ring in ``env``, and settle which rows can be sampled."""
-        position, step = self._written[env], self._step[env]
-        rows: dict[str, Tensor] = {"frame": frame, "step": step, **fields}
-        rows["td_error"] = torch.full((len(env),), torch.nan)
-        rows["sampleable"] = torch.zeros(len(env), dtype=torch.bool)
-        typed = {name: tensor.to(self._rows[name].dtype) for name, tensor in rows.items()}
-        self._storage.set(self._row(env, position), TensorDict(typed, batch_size=[len(env)]))
-        broken = position[:, None] + torch.arange(1, self._stack)
-        self._rows["sampleable"][self._row(env[:, None], broken)] = False
-        # This row completes the return of the transition n steps before it; an episode's last row completes all that
-        # are still open, as they get no further steps.
-        for steps in range(1 if last else self._n_step, self._n_step + 1):
-            old = step >= steps
-            self._rows["sampleable"][self._row(env, position - steps)[old]] = True
-        self._written[env] += 1
+    def _begin_rows(self, env: NDArray[np.int64], observation: NDArray[np.uint8]) -> Rows:
+        """Put the newest frame of each observation at the heads of the rings in ``env``; the rows they take."""
+        position = self.written[env]
+        row = self._row(env, position)
+        self.frames[row] = observation[:, -self.frame_shape[0] :]
+        self.records["step"][row] = self._step[env]
+        self.records["td_error"][row] = np.nan
+        # The row stack − 1 further on loses a frame of its stack; those in between lost one before.
+        self._sampler.leave(self._row(env, position + self.stack - 1))
+        return row
+
+    def _complete(self, env: NDArray[np.int64], steps: int) -> None:
+        """Let the transitions be drawn that began ``steps`` before the head, if their episode is as old as that."""
+        env = env[self._step[env] >= steps]
+        self._sampler.enter(self._row(env, self.written[env] - steps))
+
+    def _end_rows(self, env: NDArray[np.int64]) -> None:
+        self.written[env] += 1
         self._step[env] += 1
 
-    def _stacks(self, env: Tensor, position: Tensor, step: Tensor) -> Tensor:
-        """The observations [B, C, H, W] whose newest frames are at ``position``, ``step`` steps into their episodes."""
-        back = torch.arange(1 - self._stack, 1)
-        rows = self._row(env[:, None], position[:, None] + back).flatten()
-        frames = self._rows["frame"].index_select(0, rows)  # whole frames at a time, unlike `[rows]`
-        stacks = frames.reshape(len(env), self._stack, *frames.shape[1:])
-        stacks[step[:, None] + back < 0] = 0
-        return stacks.reshape(len(env), -1, *frames.shape[2:])
+    def _row(self, env: NDArray[np.int64], position: NDArray[np.int64]) -> Rows:
+        rows: Rows = env * self.length + position % self.length
+        return rows
 
-    def _newest_frame(self, observation: Tensor) -> Tensor:
-        return observation[:, -(observation.shape[1] // self._stack) :]
 
-    def _row(self, env: Tensor, position: Tensor) -> Tensor:
-        return env * self._length + position % self._length
-
-    def _env_and_position(self, index: Tensor) -> tuple[Tensor, Tensor]:
-        return index % self.num_envs, index // self.num_envs
+def ring_shape(
+    observation_shape: Sequence[int], capacity: int, num_envs: int, stack: int, n_step: int
+) -> tuple[int, int, int, int]:
+    """[rows, c, H, W] of the frames of a shard: see `Shard`, also for the errors."""
+    for name, count in (("capacity", capacity), ("num_envs", num_envs), ("stack", stack), ("n_step", n_step)):
+        if count < 1:
+            raise ValueError(f"{name} is {count} but must be at least 1")
+    channels, height, width = observation_shape
+    if channels % stack:
+        raise ValueError(f"observations have {channels} channels, which is not a multiple of stack = {stack}")
+    # With the rows that cannot be sampled at either end of the ring, `capacity` can be.
+    length = math.ceil(capacity / num_envs) + (stack - 1) + n_step
+    return num_envs * length, channels // stack, height, width

@@ -8,12 +8,20 @@ d = 2           └─ replica 0 ─────┘       └─ replica 1 ─�
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from mpdqn.dqn.batch import Batch
-from mpdqn.replay.shard import Shard
+from mpdqn.dqn.prioritization import Prioritization
+from mpdqn.replay.draw import Draw
+from mpdqn.replay.gather import gather, index_of
+from mpdqn.replay.rows import reserve
+from mpdqn.replay.shard import Shard, ring_shape
 
 
 class VirtualShards:
@@ -30,9 +38,15 @@ class VirtualShards:
         discount: γ of one agent step.
         clip_rewards: whether each step's reward is clipped to [−1, 1] on sampling.
         owned: numbers of the shards held here; all V if None.
+        action_shape: of one action: () for a number, (D,) for one number in each of D dimensions.
+        prioritization: how transitions are prioritised; uniform replay if None.
+        directory: folder for the frames, with one folder for each shard in it; in memory if None. The files stay when
+            the process ends.
 
     Raises:
         ValueError: if a count is out of range or ``owned`` names a shard twice or one that does not exist.
+        FileExistsError: if the folder of a shard holds anything already.
+        OSError: if the disk has too little space for the owned shards; nothing is left behind.
     """
 
     def __init__(
@@ -48,6 +62,9 @@ class VirtualShards:
         discount: float = 0.99,
         clip_rewards: bool = True,
         owned: Sequence[int] | None = None,
+        action_shape: tuple[int, ...] = (),
+        prioritization: Prioritization | None = None,
+        directory: Path | None = None,
     ) -> None:
         if num_shards < 1:
             raise ValueError(f"num_shards is {num_shards} but must be at least 1")
@@ -56,17 +73,25 @@ class VirtualShards:
             raise ValueError(f"owned shards {list(numbers)} are not different numbers below num_shards = {num_shards}")
         self.num_shards = num_shards
         self.envs_per_shard = envs_per_shard
+        self._prioritization = prioritization
+        each = -(-capacity // num_shards)
+        folders = {v: None if directory is None else directory / f"shard-{v}" for v in numbers}
+        size = math.prod(ring_shape(observation_shape, each, envs_per_shard, stack, n_step))
+        reserve({folder: size for folder in folders.values() if folder is not None})
         self._shards = {
             v: Shard(
                 index=v,
                 observation_shape=observation_shape,
-                capacity=-(-capacity // num_shards),
+                capacity=each,
                 num_envs=envs_per_shard,
                 seed=seed,
                 stack=stack,
                 n_step=n_step,
                 discount=discount,
                 clip_rewards=clip_rewards,
+                action_shape=action_shape,
+                prioritization=prioritization,
+                directory=folders[v],
             )
             for v in numbers
         }
@@ -85,6 +110,11 @@ class VirtualShards:
     def owned(self) -> tuple[int, ...]:
         """The numbers of the shards held here, ascending."""
         return tuple(self._shards)
+
+    @property
+    def num_inserted(self) -> int:
+        """Transitions that were ever appended to the owned shards."""
+        return sum(shard.num_inserted for shard in self._shards.values())
 
     @property
     def num_envs(self) -> int:
@@ -119,10 +149,11 @@ class VirtualShards:
         for shard in self._shards.values():
             shard.interrupt()
 
-    def sample(self, batch_size: int, update: int, shards: Sequence[int] | None = None) -> Batch:
-        """``batch_size``/V transitions from each of ``shards`` (default: all owned), joined in the order given.
+    def draw(self, batch_size: int, update: int, shards: Sequence[int] | None = None) -> Draw:
+        """``batch_size``/V transitions of each of ``shards`` (default: all owned), joined in the order given.
 
-        ``batch_size`` is the global one, whatever is owned here, and ``update`` counts the updates of the run.
+        ``batch_size`` is the global one, whatever is owned here, and ``update`` counts the updates of the run. Frames
+        are not touched: a draw takes some 50 µs and can be made where the priorities are kept up to date.
 
         Raises:
             ValueError: if V does not divide ``batch_size``, or a shard has too few transitions.
@@ -132,8 +163,34 @@ class VirtualShards:
             raise ValueError(
                 f"batch_size {batch_size} is not a multiple of the {self.num_shards} virtual shards; try {nearest}"
             )
-        share = batch_size // self.num_shards
-        return Batch.concatenate([self[v].sample(share, update) for v in self._numbers(shards)])
+        numbers = tuple(self._numbers(shards))
+        drawn = [self[v].draw(batch_size // self.num_shards, update) for v in numbers]
+        shares = [share for _, share in drawn if share is not None]
+        return Draw(
+            update=update,
+            shards=numbers,
+            index=torch.from_numpy(index_of([(self[v], rows) for v, (rows, _) in zip(numbers, drawn, strict=True)])),
+            probability=torch.from_numpy(np.concatenate(shares) / self.num_shards) if shares else None,
+            lowest=min(self[v].lowest for v in numbers) / self.num_shards,
+        )
+
+    def gather(self, draw: Draw, lowest: float | None = None) -> Batch:
+        """The batch of ``draw``, with importance weights (lowest / P)^β; 1 without priorities.
+
+        ``lowest`` is the smallest `Draw.lowest` of all processes that take part in the update (default: of ``draw``).
+        May run in another thread while priorities change, but not while transitions are appended.
+        """
+        weight = None
+        if draw.probability is not None:
+            assert self._prioritization is not None
+            ratio = (draw.lowest if lowest is None else lowest) / draw.probability.numpy()
+            weight = torch.from_numpy((ratio ** self._prioritization.beta_at(draw.update)).astype(np.float32))
+        index = draw.index.numpy().reshape(len(draw.shards), -1)
+        return gather([(self[v], part) for v, part in zip(draw.shards, index, strict=True)], weight)
+
+    def sample(self, batch_size: int, update: int, shards: Sequence[int] | None = None) -> Batch:
+        """`draw` and `gather`, for a process that owns all shards, or for uniform replay."""
+        return self.gather(self.draw(batch_size, update, shards))
 
     def return_td_errors(self, index: Tensor, td_errors: Tensor, shards: Sequence[int] | None = None) -> None:
         """Write |δ| [B] back to the transitions ``index`` [B] of a batch that `sample` took from the same ``shards``.

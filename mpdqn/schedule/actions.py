@@ -3,7 +3,8 @@
 F forward                        R forward once more, for a backward whose graph was not kept (recomputation)
 B backward, as a whole, or in two parts (zero bubble, Qi et al. 2024):
 I backward for the input         W backward for the weights
-T target network on next_obs     D online network on next_obs (Double DQN); any other letter is a no-gradient pass, too
+T target network on next_obs     D online network on next_obs (Double DQN)
+M target network on obs (Munchausen); any other letter is a no-gradient pass, too
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ GRADIENTS_OF_WEIGHTS = (BACKWARD, BACKWARD_WEIGHT)
 """The kinds after which a micro-batch's gradients are in the parameters, and its activations free."""
 
 TRAINING = (FORWARD, RECOMPUTE, BACKWARD, BACKWARD_INPUT, BACKWARD_WEIGHT)
-"""The kinds of the online network's pass on obs; every other letter is a no-gradient pass over next_obs."""
+"""The kinds of the online network's pass on obs; every other letter is a no-gradient pass."""
 
 
 class Action(NamedTuple):

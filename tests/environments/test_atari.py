@@ -7,7 +7,13 @@ import torch
 from tensordict import TensorDict
 from torchrl.envs.utils import check_env_specs
 
-from mpdqn.environments import FRAMES_PER_ACTION, AtariEnvironment, environment_spec, make_environment
+from mpdqn.environments import (
+    FRAMES_PER_ACTION,
+    AtariEnvironment,
+    EnvironmentSpec,
+    environment_spec,
+    make_environment,
+)
 
 
 def random_actions(steps: int, num_envs: int, num_actions: int = 6) -> torch.Tensor:
@@ -33,7 +39,7 @@ def environment():
 
 @pytest.mark.parametrize("name", ["pong", "Pong", "ALE/Pong-v5"])
 def test_the_usual_names_of_a_game_are_one_game(name):
-    assert environment_spec(name) == ((4, 84, 84), 6)
+    assert environment_spec(name) == EnvironmentSpec(name="pong", observation_shape=(4, 84, 84), num_actions=6)
 
 
 def test_a_name_of_two_words_is_found():

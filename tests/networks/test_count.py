@@ -28,6 +28,21 @@ def as_printed(number: int, like: str) -> str:
     return str((Decimal(number) / 10**6).quantize(Decimal(like)))
 
 
+def test_the_minatar_network_has_the_sizes_of_its_paper() -> None:
+    """16 filters of 3×3, 128 hidden units, on 10×10 frames of 4 channels; a quarter of the last layers of Nature."""
+    network = make_network("minatar", (4, 10, 10), 6)
+    hidden, outputs = 16 * 8 * 8 * 128, 128 * 6
+    assert count_parameters(network) == (16 * 4 * 9 + 16) + (hidden + 128) + (outputs + 6)
+    assert count_macs(network, (4, 10, 10)) == 16 * 4 * 9 * 64 + hidden + outputs
+
+
+def test_a_noisy_layer_counts_its_means_and_its_sigmas() -> None:
+    plain, noisy = (make_network("minatar", (4, 10, 10), 6, noisy=noisy) for noisy in (False, True))
+    assert count_macs(noisy, (4, 10, 10)) == count_macs(plain, (4, 10, 10))
+    linear = sum(p.numel() for name, p in plain.named_parameters() if not name.startswith("conv"))
+    assert count_parameters(noisy) == count_parameters(plain) + linear
+
+
 @pytest.mark.parametrize(("name", "options", "parameters", "macs"), ROWS)
 def test_every_row_of_the_reference_table(name: str, options: dict[str, int], parameters: str, macs: str) -> None:
     with torch.device("meta"):

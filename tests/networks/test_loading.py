@@ -182,6 +182,30 @@ def test_the_wrong_output_shape_names_both() -> None:
         load_network(lambda shape, actions: Pair(), SHAPE, 3)
 
 
+def test_a_network_of_ones_own_must_have_the_agents_output() -> None:
+    """What a distributional or branching agent needs is no option of a network from elsewhere: it has it or not."""
+
+    def atoms(shape: tuple[int, int, int], actions: int) -> nn.Module:
+        return nn.Sequential(*linear(shape, actions * 7), nn.Unflatten(1, (actions, 7)))
+
+    x = torch.zeros(2, *SHAPE, dtype=torch.uint8)
+    assert load_network(atoms, SHAPE, 3, num_atoms=7)(x).shape == (2, 3, 7)
+    with pytest.raises(
+        ValueError, match=r"of shape \(2, 3, 7\); it must return floats of shape \(2, 3, 9\), what this"
+    ):
+        load_network(atoms, SHAPE, 3, num_atoms=9)
+    with pytest.raises(
+        ValueError, match=r"of shape \(2, 3, 7\); it must return floats of shape \(2, 3\), one value per"
+    ):
+        load_network(atoms, SHAPE, 3)
+    with pytest.raises(ValueError, match=r"of shape \(2, 3\); it must return floats of shape \(2, 2, 3\), what this"):
+        load_network(linear, SHAPE, 3, branches=2)
+    with pytest.raises(ValueError, match=r"returned tuple; return a tensor \[B, 3, 9\]"):
+        load_network(lambda shape, actions: Pair(), SHAPE, 3, num_atoms=9)
+    with pytest.warns(UserWarning, match="noisy=True has no effect on linear"):
+        load_network(linear, SHAPE, 3, noisy=True)
+
+
 class Pair(nn.Module):
     def forward(self, frames: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return frames, frames

@@ -9,7 +9,13 @@ from mpdqn.networks import NAMES, count_macs, make_network
 from mpdqn.networks.resnet import resnet
 
 ATARI = (4, 84, 84)
-SMALL = {"nature": (2, 40, 36), "impala": (2, 16, 11), "resnet18": (2, 33, 20), "resnet50": (2, 33, 20)}
+SMALL = {
+    "nature": (2, 40, 36),
+    "impala": (2, 16, 11),
+    "minatar": (4, 10, 10),
+    "resnet18": (2, 33, 20),
+    "resnet50": (2, 33, 20),
+}
 
 
 def frames(shape: tuple[int, ...], batch: int = 2) -> torch.Tensor:
@@ -18,7 +24,7 @@ def frames(shape: tuple[int, ...], batch: int = 2) -> torch.Tensor:
 
 
 def test_the_zoo_lists_its_networks() -> None:
-    assert NAMES == ("nature", "impala", "resnet18", "resnet34", "resnet50", "resnet101")
+    assert NAMES == ("nature", "impala", "minatar", "resnet18", "resnet34", "resnet50", "resnet101")
 
 
 @pytest.mark.parametrize("head", ["plain", "dueling"])
@@ -115,7 +121,7 @@ def test_nature_is_the_plain_torch_network_of_the_same_names() -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 96), (1, 84, 84), (12, 36, 41), (4, 100, 36)])
-@pytest.mark.parametrize("name", ["nature", "impala", "resnet18", "resnet50"])
+@pytest.mark.parametrize("name", ["nature", "impala", "minatar", "resnet18", "resnet50"])
 def test_any_frame_size_channels_and_actions(name: str, shape: tuple[int, int, int]) -> None:
     with torch.device("meta"):
         for actions in (1, 7):
@@ -138,7 +144,9 @@ def test_width_fc_and_pooling_of_impala() -> None:
 
 
 def test_an_unknown_name_offers_the_nearest_and_lists_all() -> None:
-    with pytest.raises(ValueError, match=r"'resnet19'.*did you mean 'resnet1.*nature, impala, resnet18.*resnet101"):
+    with pytest.raises(
+        ValueError, match=r"'resnet19'.*did you mean 'resnet1.*nature, impala, minatar, resnet18.*resnet101"
+    ):
         make_network("resnet19", ATARI, 3)
     with pytest.raises(ValueError, match="did you mean 'impala'"):
         make_network("Impalla", ATARI, 3)
@@ -161,6 +169,9 @@ def test_options_without_effect_warn() -> None:
     [
         ("nature", (4, 20, 20), 3, {}, "Nature needs frames of at least 36×36 pixels but got 20×20; resize"),
         ("nature", (84, 84, 4), 3, {}, "36×36 pixels but got 84×4; .* is (channels, height, width)"),
+        ("minatar", (10, 10, 2), 3, {}, "minatar needs frames of at least 3×3 pixels but got 10×2; check that"),
+        ("nature", ATARI, 3, {"num_atoms": 0}, "num_atoms is 0 but must be at least 1"),
+        ("nature", ATARI, 3, {"branches": -1}, "branches is -1 but must be at least 0"),
         ("impala", (4, 84), 3, {}, "is (4, 84) but must be (channels, height, width)"),
         ("impala", (0, 84, 84), 3, {}, "is (0, 84, 84) but must be"),
         ("impala", ATARI, 0, {}, "num_actions is 0 but must be at least 1"),

@@ -1,0 +1,112 @@
+"""The folder of a training run: everything that says what was run, and what came out.
+
+results/train/20261123-101500-pong-rainbow-s0/
+  config.json        the configuration, the agent's settings, the layout's plan
+  environment.json   commit, versions, hardware, command
+  progress.csv       a row every log_every frames; the same in events.out.tfevents.* for TensorBoard
+  records.jsonl      the run's evaluations and its end, as records
+  weights.pt         the online network's state_dict
+  policy.pt2         the same network, exported: torch.export.load needs no mpdqn
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mpdqn.dqn.batch import Batch
+from mpdqn.environments import EnvironmentSpec
+from mpdqn.train.config import TrainConfig, TrainJob, check
+
+CONFIG = "config.json"
+WEIGHTS = "weights.pt"
+POLICY = "policy.pt2"
+
+
+def new_folder(job: TrainJob) -> Path:
+    """Make the folder of a run, with a name that no other run has."""
+    config = job.config
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    name = re.sub(r"[^\w.-]+", "_", f"{stamp}-{config.env}-{config.agent}-s{config.seed}")
+    for suffix in ("", *(f"-{count}" for count in range(2, 1000))):  # two runs may start within a second
+        with contextlib.suppress(FileExistsError):
+            folder = config.out / (name + suffix)
+            folder.mkdir(parents=True)
+            return folder
+    raise FileExistsError(f"{config.out / name} and 998 more exist; choose another --out")
+
+
+def write_config(folder: Path, job: TrainJob, plan: dict[str, Any]) -> None:
+    """Write what will be run: configuration, settings, plan, and where."""
+    about = {
+        "config": asdict(job.config),
+        "settings": asdict(job.settings),
+        "network": job.network_name,
+        "spec": asdict(job.spec),
+        "layout": job.layout.name,
+        "plan": plan,
+    }
+    (folder / CONFIG).write_text(json.dumps(about, indent=1, default=str) + "\n")
+    (folder / "environment.json").write_text(json.dumps(asdict(job.environment), indent=1) + "\n")
+
+
+def save_network(folder: Path, network: nn.Sequential, spec: EnvironmentSpec) -> None:
+    """Write ``weights.pt``, a plain state_dict, and ``policy.pt2``, the network exported for any batch size."""
+    # contiguous: the archive's own reading looks for such tensors
+    network = network.cpu().to(memory_format=torch.contiguous_format).eval()
+    torch.save(network.state_dict(), folder / WEIGHTS)
+    frames = torch.zeros((2, *spec.observation_shape), dtype=torch.uint8)
+    program = torch.export.export(network, (frames,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+    torch.export.save(program, folder / POLICY)
+
+
+def save_batches(folder: Path, rank: int, update: int, batches: list[Batch], weights: dict[str, Tensor]) -> Path:
+    """Keep the ``batches`` that led to a loss that is no number, with this rank's weights after them."""
+    path = folder / f"failed-update-{update}-rank{rank}.pt"
+    kept = [{field.name: getattr(batch, field.name).cpu() for field in fields(batch)} for batch in batches]
+    torch.save({"batches": kept, "weights": {name: t.detach().cpu() for name, t in weights.items()}}, path)
+    return path
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """A run as its folder tells of it: the checked ``job`` and the trained ``network`` on the CPU."""
+
+    folder: Path
+    job: TrainJob
+    network: nn.Sequential
+
+
+def load_run(folder: Path) -> Run:
+    """The run in ``folder``, with its final weights.
+
+    Raises:
+        ValueError: if the folder is no finished training run of this version.
+    """
+    try:
+        about = json.loads((folder / CONFIG).read_text())
+        state = torch.load(folder / WEIGHTS, weights_only=True)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{folder} is no finished training run: {error}; give the folder that a run printed"
+        ) from error
+    known = {field.name: field for field in fields(TrainConfig)}
+    strange = sorted(set(about["config"]) - set(known))
+    if strange:
+        raise ValueError(f"{folder / CONFIG} has unknown settings {strange}; it is of another version of mpdqn")
+    values = {name: value for name, value in about["config"].items()}
+    for name in ("out", "replay_dir"):
+        values[name] = None if values.get(name) in (None, "None") else Path(values[name])
+    # Where it ran says nothing about the network: load on one process, whatever the layout was.
+    job = check(TrainConfig(**values | {"layout": "single@all", "device": "cpu", "actors": "inline", "wandb": False}))
+    network = job.make_network()
+    network.load_state_dict(state)
+    return Run(folder=folder, job=job, network=network)

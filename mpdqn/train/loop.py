@@ -1,0 +1,380 @@
+"""`Trainer`: one rank of a training run. The whole wiring on one page.
+
+    round r   acting ─ chunk r ─▶ shards            as many environments on every replica, all together V·E
+              shards ─ draw, gather ─▶ batch ─▶ learner.learn      as often as the limiter says
+              learner ─ |TD error| ─▶ shards
+              learner ─ weights by name ─▶ acting   when they changed
+
+Every decision is a function of counts, so that all ranks take it alike without asking.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mpdqn.actors import Actors, Chunk, Episode
+from mpdqn.allocator import keep_freed_memory
+from mpdqn.arrangement import Arrangement
+from mpdqn.cores import pin
+from mpdqn.dqn.batch import Batch
+from mpdqn.learner import Learner, LearnerConfig, gather_by_name
+from mpdqn.mesh import Mesh, World
+from mpdqn.networks import noisy_layers, set_noise
+from mpdqn.partition import counted_profile
+from mpdqn.replay import Prefetcher, VirtualShards
+from mpdqn.train.acting import InlineActing, LaggedWeights, RemoteActing, act_remotely
+from mpdqn.train.batches import BatchQueue
+from mpdqn.train.config import TrainConfig, TrainJob, check
+from mpdqn.train.folder import save_batches
+from mpdqn.weights import WeightDelivery
+
+T = TypeVar("T")
+
+ACTING = "acting"
+"""What the noise is called with which a noisy network explores."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStep:
+    """What one round did; the counts are of the whole run so far and the same on every rank.
+
+    ``transitions`` agent steps and ``frames`` environment frames of all environments, ``updates`` of the network, ε at
+    the end of the round. ``losses`` and ``grad_norms`` are scalars, one for each update of this round, the same on
+    every learner rank. ``episodes`` ended in this round on this rank's replica, known to the rank of its first stage,
+    as are ``restarts``. ``actor_lag`` is how many updates the weights that played this round were behind its first batch.
+    """
+
+    round: int
+    transitions: int
+    frames: int
+    updates: int
+    epsilon: float
+    losses: tuple[Tensor, ...]
+    grad_norms: tuple[Tensor, ...]
+    episodes: tuple[Episode, ...]
+    restarts: int
+    actor_lag: int
+    late_passes: int
+    bytes_sent: int
+
+
+class NotANumber(FloatingPointError):
+    """The loss of an update is infinite or no number; the same on every rank."""
+
+
+class Trainer:
+    """One rank's part in a run; ``run`` is the loop. Building one is collective over the world."""
+
+    def __init__(self, world: World, job: TrainJob, folder: Path | None = None) -> None:
+        """Build the learner, the shards or the actors that this rank has.
+
+        Args:
+            world: the ranks of the job, `TrainJob.num_ranks`.
+            job: a checked run.
+            folder: where the batch of a failed update is kept; None keeps none.
+        """
+        config, settings = job.config, job.settings
+        self.world, self.job, self.folder = world, job, folder
+        self._stack = ExitStack()
+        network = job.make_network()
+        pin(list(job.cores), job.layout.threads, world.rank)
+        self.arrangement = arrange(job, network)
+        plan = self.arrangement.plans[0]
+        mesh = Mesh(world, plan, job.agent.letters)
+        remote = config.actors == "workers"
+        d = job.layout.data
+        owners = [plan.replica(r)[0] for r in range(d)]
+        self._acting_ranks = [job.layout.ranks + r for r in range(d)] if remote else owners
+        self._delivery = WeightDelivery(world, plan, network, self._acting_ranks)
+        owners_group = world.group(owners, "gloo")
+        self._learners = world.group(plan.ranks, "gloo")
+        self.learner: Learner | None = None
+        self.shards: VirtualShards | None = None
+        self._queue: BatchQueue | None = None
+        self._acting: InlineActing | RemoteActing | None = None
+        self._owner_of = owners
+        acting_network = job.make_network() if world.rank in self._acting_ranks else None
+        if mesh.member:
+            self.learner = Learner(
+                network,
+                mesh=mesh,
+                agent=job.agent,
+                batch_size=settings.batch_size,
+                observation_shape=job.spec.observation_shape,
+                config=LearnerConfig(
+                    learning_rate=settings.learning_rate,
+                    adam_eps=settings.adam_eps,
+                    target_period=settings.target_period,
+                    target_tau=settings.target_tau,
+                    max_grad_norm=settings.max_grad_norm,
+                    lookahead=config.lookahead,
+                    seed=config.seed,
+                ),
+                table=self.arrangement.table,
+            )
+        if self.learner is not None and self.learner.owns_shards:
+            self._own(self.learner, acting_network, owners_group, remote)
+        elif remote and not mesh.member:
+            assert acting_network is not None
+            replica = world.rank - job.layout.ranks
+            self._actors = self._play(acting_network, self._owned(replica))
+            self._weights = LaggedWeights(acting_network, config.actor_lag)
+
+    @classmethod
+    @contextmanager
+    def alone(cls, config: TrainConfig, folder: Path | None = None) -> Iterator[Trainer]:
+        """The only rank of a run on one process, as a context.
+
+        Raises:
+            ValueError: for bad input, or a layout of more ranks.
+        """
+        job = check(config)
+        if job.num_ranks > 1:
+            raise ValueError(f"layout {job.layout.name} needs {job.num_ranks} ranks; `train` starts them")
+        keep_freed_memory()
+        with World.open(config.device, config.timeout) as world:
+            trainer = cls(world, job, folder)
+            try:
+                yield trainer
+            finally:
+                trainer.close()
+
+    def _owned(self, replica: int) -> range:
+        share = self.job.config.num_shards // self.job.layout.data
+        return range(replica * share, (replica + 1) * share)
+
+    def _own(self, learner: Learner, acting: nn.Sequential | None, owners: Any, remote: bool) -> None:
+        """Replay, batches and acting of the rank that has its replica's first stage."""
+        job, config, settings = self.job, self.job.config, self.job.settings
+        replica = learner.mesh.replica
+        owned = self._owned(replica)
+        self.shards = VirtualShards(
+            observation_shape=job.spec.observation_shape,
+            num_shards=config.num_shards,
+            capacity=settings.capacity,
+            envs_per_shard=config.envs_per_shard,
+            seed=config.seed,
+            stack=job.spec.stack,
+            n_step=settings.n_step,
+            discount=settings.discount,
+            clip_rewards=settings.clip_rewards,
+            prioritization=settings.prioritization,
+            action_shape=job.spec.action_shape,
+            directory=config.replay_dir,
+            owned=owned,
+        )
+        prefetcher = self._stack.enter_context(Prefetcher(self.world.device, getattr(torch, config.dtype)))
+        self._queue = BatchQueue(
+            self.shards,
+            batch_size=settings.batch_size,
+            lookahead=config.lookahead,
+            prefetch=config.prefetch,
+            prefetcher=prefetcher,
+            agree=lambda lowest: _least(lowest, owners),
+        )
+        environments = range(owned[0] * config.envs_per_shard, (owned[-1] + 1) * config.envs_per_shard)
+        if remote:
+            example = self._example(len(environments))
+            self._acting = RemoteActing(self.world, self._acting_ranks[replica], example, environments)
+            return
+        assert acting is not None
+        whole = len(learner.stages) == self.arrangement.plans[0].partition.num_stages
+        weights: LaggedWeights | None = None
+        if whole and not config.actor_lag:
+            acting = nn.Sequential()  # the learner's own layers: what it learns is played at once
+            for stage in learner.stages:
+                for name, layer in stage.online.named_children():
+                    acting.add_module(name, layer)
+        else:
+            acting = acting.to(self.world.device)
+            weights = LaggedWeights(acting, config.actor_lag)
+        self._acting = InlineActing(self._play(acting, owned), weights)
+
+    def _play(self, network: nn.Sequential, owned: range) -> Actors:
+        job, config = self.job, self.job.config
+        return Actors(
+            network,
+            config.env,
+            owned=owned,
+            num_shards=config.num_shards,
+            envs_per_shard=config.envs_per_shard,
+            epsilon=job.settings.epsilon,
+            seed=config.seed,
+            greedy=job.agent.greedy,
+            before_step=(lambda step: set_noise(network, config.seed, step, ACTING)) if noisy_layers(network) else None,
+            device=self.world.device if config.actors == "inline" else "cpu",
+            workers=config.env_workers,
+            steps=config.round_steps,
+        )
+
+    def _example(self, num_envs: int) -> Chunk:
+        """A chunk with the shapes and dtypes of those that will come."""
+        spec, lead = self.job.spec, (self.job.config.round_steps, num_envs)
+        frame = torch.empty(
+            *lead, spec.observation_shape[0] // spec.stack, *spec.observation_shape[1:], dtype=torch.uint8
+        )
+        flag = torch.empty(lead, dtype=torch.bool)
+        action = torch.empty(*lead, *spec.action_shape, dtype=torch.int64)
+        reward = torch.empty(lead, dtype=torch.float32)
+        return Chunk(frame=frame, action=action, reward=reward, terminated=flag, truncated=flag, next_frame=frame)
+
+    def run(self) -> Iterator[TrainStep]:
+        """Train round after round. An acting rank yields nothing and returns when it has played its part.
+
+        Raises:
+            NotANumber: at a loss that is no number, its batch saved.
+            PeerLost: if another rank is gone or silent.
+        """
+        job, lag = self.job, self.job.config.actor_lag
+        if self.learner is None:
+            replica = self.world.rank - job.layout.ranks
+            act_remotely(
+                self.world,
+                self._actors,
+                self._weights,
+                self._delivery,
+                replica=replica,
+                owner=self._owner_of[replica],
+                num_rounds=job.num_rounds,
+                lag=lag,
+                due=self._due,
+                pauses=job.evaluates_after,
+                first_environment=self._owned(replica)[0] * job.config.envs_per_shard,
+            )
+            return
+        learner = self.learner
+        if lag and self._acting is not None:
+            self._acting.start()
+        for r in range(job.num_rounds):
+            chunk: Chunk | None = None
+            if not lag:
+                self._deliver(learner, r)
+            if self._acting is not None and self._queue is not None and self.shards is not None:
+                chunk = self._acting.chunk()
+                self._queue.settle()
+                chunk.store(self.shards)
+            if lag and r + 1 < job.num_rounds:
+                self._deliver(learner, r)
+                if self._acting is not None:
+                    self._acting.start()
+            yield self._learn(learner, r, chunk)
+
+    def _due(self, r: int) -> bool:
+        """Whether the weights have changed in the round before ``r``."""
+        return r > 0 and self.job.updates_after(r) > self.job.updates_after(r - 1)
+
+    def _deliver(self, learner: Learner, r: int) -> None:
+        """The weights of after round r − 1, if they are due, on their way to whoever acts for this replica."""
+        weights: dict[str, Tensor] | None = None
+        if self._due(r):
+            self._delivery.send(learner)
+            if isinstance(self._acting, InlineActing) and self._acting.needs_weights:
+                local = {n: t for stage in learner.stages for n, t in stage.online.state_dict().items()}
+                weights = self._delivery.receive(learner.mesh.replica, local)
+        if self._acting is not None:
+            self._acting.deliver(weights)
+
+    def _learn(self, learner: Learner, r: int, chunk: Chunk | None) -> TrainStep:
+        """The updates that are due after round r's chunk."""
+        job = self.job
+        losses, norms, batches, late, sent = [], [], [], 0, 0
+        for update in range(job.updates_after(r), job.updates_after(r + 1)):
+            batch: Batch | None = None
+            upcoming: Batch | None = None
+            if self._queue is not None:
+                batch, upcoming = self._queue.batches(update)
+            step = learner.learn(batch, upcoming)
+            if self._queue is not None and batch is not None:
+                self._queue.learned(batch, step)
+                batches.append(batch)
+            losses.append(step.loss)
+            norms.append(step.grad_norm)
+            late, sent = late + step.late_passes, sent + step.bytes_sent
+        # Once a round: on a GPU each look at a loss holds the host.
+        if losses and not bool(torch.stack([*losses, *norms]).isfinite().all()):
+            self._fail(learner, losses, norms, batches)
+        settings = job.settings
+        return TrainStep(
+            round=r,
+            transitions=(r + 1) * job.transitions_per_round,
+            frames=job.frames_after(r + 1),
+            updates=job.updates_after(r + 1),
+            epsilon=settings.epsilon(job.frames_after(r + 1)),
+            losses=tuple(losses),
+            grad_norms=tuple(norms),
+            episodes=chunk.episodes if chunk else (),
+            restarts=chunk.restarts if chunk else 0,
+            actor_lag=job.updates_after(r) - job.updates_after(max(0, r - job.config.actor_lag)),
+            late_passes=late,
+            bytes_sent=sent,
+        )
+
+    def _fail(self, learner: Learner, losses: list[Tensor], norms: list[Tensor], batches: list[Batch]) -> None:
+        bad = next(i for i, (a, b) in enumerate(zip(losses, norms, strict=True)) if not (a + b).isfinite())
+        update = learner.update - len(losses) + bad + 1
+        where = ""
+        if self.folder is not None and batches:
+            path = save_batches(self.folder, self.world.rank, update, batches[bad:], dict(learner.named_parameters()))
+            where = f"; its batch and the weights are in {path}"
+        raise NotANumber(
+            f"update {update} has loss {losses[bad].item()} and gradient norm {norms[bad].item()}{where}; "
+            "look at rewards and learning_rate"
+        )
+
+    def weights(self) -> dict[str, Tensor]:
+        """The online weights of replica 0 by name, on the CPU, on the lowest learner rank; empty elsewhere.
+
+        Collective over the learner ranks.
+        """
+        if self.learner is None:
+            return {}
+        state = {name: t for stage in self.learner.stages for name, t in stage.online.state_dict().items()}
+        return gather_by_name(self.learner, state)
+
+    def to_first(self, value: T) -> list[T | None]:
+        """What every learner rank has, on rank 0; an empty list elsewhere. Collective over them; plain values only."""
+        assert self.learner is not None
+        ranks = self.learner.mesh.plan.ranks
+        values: list[T | None] | None = [None] * len(ranks) if self.world.rank == ranks[0] else None
+        dist.gather_object(value, values, dst=ranks[0], group=self._learners)
+        return values or []
+
+    def close(self) -> None:
+        """Stop actors and threads; a second call does nothing."""
+        if self._acting is not None:
+            self._acting.close()
+        elif self.learner is None:
+            self._actors.close()
+        self._stack.close()
+
+
+def arrange(job: TrainJob, network: nn.Sequential) -> Arrangement:
+    """Plan and action table of the job's layout, from counted costs, hence the same in every run."""
+    micro = job.settings.batch_size // (job.layout.data * job.layout.num_microbatches)
+    frames = torch.zeros((micro, *job.spec.observation_shape), dtype=torch.uint8)
+    return Arrangement.of(
+        job.layout,
+        counted_profile(network, frames, name=job.network_name),
+        job.agent,
+        batch_size=job.settings.batch_size,
+        lookahead=job.config.lookahead,
+        recompute=job.config.recompute,
+        memory_bytes=float("inf"),
+    )
+
+
+def _least(value: float, group: Any) -> float:
+    """The least ``value`` of the ranks of ``group``. Collective over them."""
+    if dist.get_world_size(group) == 1:
+        return value
+    least = torch.tensor(value, dtype=torch.float64)
+    dist.all_reduce(least, dist.ReduceOp.MIN, group=group)
+    return float(least)

@@ -1,0 +1,73 @@
+"""Bad input is refused before any work, with both numbers and the next step."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpdqn.train import TrainConfig
+from mpdqn.train.config import check
+
+
+def small(tmp_path: Path, **settings: Any) -> TrainConfig:
+    base = {"env": "minatar-breakout", "frames": 4_000, "min_replay": 500, "capacity": 2_000, "out": tmp_path}
+    return TrainConfig(**base | settings)
+
+
+def test_a_good_configuration_becomes_a_job(tmp_path: Path) -> None:
+    job = check(small(tmp_path, agent="rainbow", layout="dp2xpp2-1f1b/m2", n_step=2, double=False))
+    assert (job.settings.n_step, job.agent.double, job.agent.noisy) == (2, False, True)
+    assert job.settings.prioritization is not None
+    assert (job.num_ranks, job.num_envs) == (4, 8)
+    assert job.num_rounds == 500
+    assert job.updates_after(job.num_rounds) == (4_000 - 500) // 4
+    assert check(small(tmp_path, layout="dp2", actors="workers")).num_ranks == 4
+    assert check(small(tmp_path, agent="rainbow", prioritized=False)).settings.prioritization is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"agent": "rainbw"}, "unknown agent 'rainbw'; did you mean 'rainbow'?"),
+        ({"env": "minatar-brekout"}, "minatar-breakout"),
+        ({"layout": "pp2-1f2b"}, "unknown schedule '1f2b'; did you mean '1f1b'?"),
+        ({"layout": "2*single@1"}, "is 2 runs; train one at a time"),
+        ({"layout": "dp3"}, "3"),
+        ({"layout": "pp2/m5"}, "batch_size 32 is not a multiple of d·m"),
+        ({"frames": 0}, "frames is 0 but must be at least 1"),
+        ({"actor_lag": -1}, "actor_lag is -1 but must be at least 0"),
+        ({"lookahead": 2}, "lookahead is 2 but must be 0 or 1"),
+        ({"min_replay": 30}, "min_replay is 30 but batch_size 32 and 8 environments"),
+        ({"capacity": 400}, "capacity is 400 but learning begins at 500"),
+        ({"layout": "pp9"}, "layout pp9-gpipe/m4 wants p·v = 9 stages"),
+        ({"agent": "decqn"}, "agent decqn has a branching head but environment minatar-breakout has 1 discrete action"),
+        ({"network": "nature"}, "Nature needs frames of at least 36×36"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0 but must be above 0"),
+        ({"timeout": 0.0}, "timeout is 0.0 s but must be above 0"),
+        ({"device": "cuda"}, "sees 0 CUDA devices"),
+        ({"epsilon_decay_frames": -1}, "epsilon_decay_frames is -1"),
+    ],
+)
+def test_bad_input(settings: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)) as caught:
+        check(small(tmp_path, **settings))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="cannot be written"):
+        check(small(tmp_path, out=tmp_path / "file" / "runs"))
+
+
+def test_a_run_too_short_to_learn_warns(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="nothing will be learned"):
+        check(small(tmp_path, frames=400))
+
+
+def test_a_schedule_whose_gaps_stay_empty_warns(tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="set --lookahead 1"):
+        check(small(tmp_path, layout="pp2-td1f1b/m4"))
