@@ -22,7 +22,7 @@ import tyro
 
 from experiments.peers.bare_loop import bare_loop
 from experiments.peers.train_cleanrl import cleanrl_training
-from experiments.peers.train_mpdqn import mpdqn_collection, mpdqn_training, trains
+from experiments.peers.train_mpdqn import mpdqn_collection, mpdqn_training
 from experiments.peers.train_sb3 import sb3_training
 from experiments.peers.train_torchrl import torchrl_collection, torchrl_training
 from mpdqn.bench.harness import Isolated, interleave
@@ -70,7 +70,8 @@ def training(steps: int, warmup: int) -> dict[str, Contender]:
     cleanrl = functools.partial(cleanrl_training, steps=steps, warmup=warmup)
     torchrl = functools.partial(torchrl_training, steps=steps, warmup=warmup)
     mpdqn = functools.partial(mpdqn_training, steps=steps, warmup=warmup)
-    return ({"mpdqn": Contender(make=mpdqn)} if trains() else {}) | {
+    return {
+        "mpdqn": Contender(make=mpdqn),
         "TorchRL dqn_atari": Contender(make=torchrl, packages=("torchvision",)),
         "SB3 DQN": Contender(make=functools.partial(sb3, tuned=False), packages=("stable_baselines3", "cv2")),
         "CleanRL dqn_atari": Contender(
@@ -94,17 +95,22 @@ def collection(steps: int) -> dict[str, Contender]:
     }
 
 
-def all_threads(make: Callable[[], Callable[[], None]]) -> Callable[[], None]:
-    """What ``make`` returns, made after torch was given every core of this process."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+def with_threads(threads: int, make: Callable[[], Callable[[], None]]) -> Callable[[], None]:
+    """What ``make`` returns, made after torch was given so many threads."""
+    torch.set_num_threads(threads)
     return make()
 
 
 def measure(config: Config, workload: str, contenders: Mapping[str, Contender], steps: int) -> tuple[Record, ...]:
     """The records of ``workload``, whose calls are ``steps`` agent steps long."""
     present = {name: contender for name, contender in contenders.items() if not contender.missing()}
-    processes = {name: Isolated(functools.partial(all_threads, present[name].make)) for name in present}
+    # On a busy machine a second thread is waited for more than it helps.
+    threads = 1 if config.smoke else len(os.sched_getaffinity(0))
+    processes: dict[str, Isolated] = {}
     try:
+        for name, contender in present.items():
+            processes[name] = Isolated(functools.partial(with_threads, threads, contender.make))
+            processes[name].wait()  # else one would warm up while another is measured
         return interleave(
             "training_speed",
             workload,
@@ -114,7 +120,7 @@ def measure(config: Config, workload: str, contenders: Mapping[str, Contender], 
             seconds=0.0 if config.smoke else config.seconds,
             seed=config.seed,
             settings={
-                "threads": len(os.sched_getaffinity(0)),
+                "threads": threads,
                 "agent_steps_per_call": steps,
                 "warmup": config.warmup,
                 "smoke": config.smoke,
@@ -151,8 +157,6 @@ def main(config: Config) -> None:
     notes = tuple(
         f"{name} left out: {package} is not installed, see the extra `peers`" for name, package in absent.items()
     )
-    if not trains():
-        notes += ("mpdqn's training left out: this version has none",)
     table = replace(table, notes=(*table.notes, *notes))
     (config.out / "table.md").write_text(table.markdown())
     print(table.markdown())

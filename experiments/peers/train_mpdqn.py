@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
+import functools
 from collections.abc import Callable
-from typing import Any
+from contextlib import ExitStack
 
 import torch
 
@@ -20,45 +19,58 @@ SHARDS, ENVS_PER_SHARD = 8, 8
 BUFFER_SIZE = 10_000
 
 
-def trains() -> bool:
-    """Whether this version of mpdqn can train."""
-    return importlib.util.find_spec("mpdqn.train") is not None
-
-
 def mpdqn_training(*, steps: int, warmup: int) -> Callable[[], None]:
     """``steps`` agent steps and a quarter as many updates a call, after ``warmup`` transitions in replay.
 
-    Uniform replay, batches of 32, one process with all threads.
+    DQN as published, with uniform replay and batches of 32, in one process with all threads; a smaller buffer and ε at
+    its end, as the peers have them.
     """
-    train: Any = importlib.import_module("mpdqn.train")
-    config = train.TrainConfig(env=GAME, agent="dqn", network="nature", batch_size=32)
-    progress = iter(train.Trainer.alone(config).run())
-    done = goal = 0
+    from mpdqn.train import TrainConfig, Trainer  # collection alone needs none of it
 
-    def play() -> None:
-        nonlocal done, goal
-        goal += steps
-        while done < goal:
-            done += next(progress).transitions
+    config = TrainConfig(
+        env=GAME,
+        agent="dqn",
+        network="nature",
+        batch_size=32,
+        replay_period=4,
+        min_replay=warmup,
+        capacity=BUFFER_SIZE,
+        frames=10**9,
+        epsilon_decay_frames=0,
+        evaluation_episodes=0,
+    )
+    opened = ExitStack()
+    progress = opened.enter_context(Trainer.alone(config)).run()
+    goal = 0
 
-    goal = warmup
-    play()
-    return play
+    def play(more: int) -> None:
+        nonlocal goal
+        goal += more
+        while next(progress).transitions < goal:
+            pass
+
+    play(warmup)
+    return functools.partial(play, steps)
 
 
 def mpdqn_collection(*, steps: int) -> Callable[[], None]:
     """``steps`` agent steps a call, a multiple of 64: `Actors` with the network's policy, stored in replay."""
     shards = VirtualShards(
-        observation_shape=FRAMES,
+        observation_shape=FRAMES, num_shards=SHARDS, envs_per_shard=ENVS_PER_SHARD, capacity=BUFFER_SIZE, seed=0
+    )
+    actors = Actors(
+        policy(),
+        GAME,
+        owned=shards.owned,
         num_shards=SHARDS,
         envs_per_shard=ENVS_PER_SHARD,
-        capacity=BUFFER_SIZE,
+        epsilon=EPSILON,
         seed=0,
     )
-    actors = Actors(policy(), GAME, shards, epsilon=EPSILON, seed=0)
 
     def collect() -> None:
-        actors.collect(steps)
+        for _ in range(steps // shards.num_envs):
+            actors.play().store(shards)
 
     return collect
 
