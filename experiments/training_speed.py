@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -64,11 +65,11 @@ class Contender:
         return tuple(package for package in self.packages if importlib.util.find_spec(package) is None)
 
 
-def training(steps: int, warmup: int) -> dict[str, Contender]:
-    """All trainers by name, in the order of their turns."""
+def training(steps: int, warmup: int, scratch: str) -> dict[str, Contender]:
+    """All trainers by name, in the order of their turns; ``scratch`` is a folder for a buffer of up to 2.3 GB."""
     sb3 = functools.partial(sb3_training, steps=steps, warmup=warmup)
     cleanrl = functools.partial(cleanrl_training, steps=steps, warmup=warmup)
-    torchrl = functools.partial(torchrl_training, steps=steps, warmup=warmup)
+    torchrl = functools.partial(torchrl_training, steps=steps, warmup=warmup, scratch=scratch)
     mpdqn = functools.partial(mpdqn_training, steps=steps, warmup=warmup)
     return {
         "mpdqn": Contender(make=mpdqn),
@@ -145,11 +146,13 @@ def main(config: Config) -> None:
         config = replace(config, warmup=64)
     # 400 is the batch of TorchRL's collector; 1,024 are 16 steps of 64 games.
     train_steps, collect_steps = (80, 64) if config.smoke else (400, 1024)
-    trainers, collectors = training(train_steps, config.warmup), collection(collect_steps)
-    records = (
-        *measure(config, TRAINING, trainers, train_steps),
-        *measure(config, COLLECTION, collectors, collect_steps),
-    )
+    collectors = collection(collect_steps)
+    with tempfile.TemporaryDirectory() as scratch:
+        trainers = training(train_steps, config.warmup, scratch)
+        records = (
+            *measure(config, TRAINING, trainers, train_steps),
+            *measure(config, COLLECTION, collectors, collect_steps),
+        )
     table = speed_table(
         map(agent_steps, records), "Agent steps per second on Pong", peers=(*PUBLISHED, *COLLECTION_PEERS)
     )

@@ -28,6 +28,7 @@ def sb3_training(*, steps: int, warmup: int, tuned: bool) -> Callable[[], None]:
     import gymnasium
     from stable_baselines3 import DQN
     from stable_baselines3.common.env_util import make_atari_env
+    from stable_baselines3.common.logger import Logger
     from stable_baselines3.common.vec_env import VecFrameStack
 
     gymnasium.register_envs(ale_py)
@@ -46,6 +47,7 @@ def sb3_training(*, steps: int, warmup: int, tuned: bool) -> Callable[[], None]:
     if tuned:
         for network in (model.q_net, model.q_net_target):
             network.to(memory_format=torch.channels_last)
+    model.set_logger(Logger(folder=None, output_formats=[]))  # its own makes a folder in every call of learn
     model.learn(warmup)
     return functools.partial(_learn, model, steps)
 

@@ -21,8 +21,11 @@ EPSILON = 0.01
 BUFFER_SIZE = 10_000
 
 
-def torchrl_training(*, steps: int, warmup: int) -> Callable[[], None]:
-    """``steps`` agent steps and a quarter as many updates a call, after ``warmup`` transitions in the buffer."""
+def torchrl_training(*, steps: int, warmup: int, scratch: str) -> Callable[[], None]:
+    """``steps`` agent steps and a quarter as many updates a call, after ``warmup`` transitions in the buffer.
+
+    The buffer is mapped to files in the folder ``scratch``, 226 kB for each transition.
+    """
     from tensordict.nn import TensorDictSequential
     from torchrl.data import LazyMemmapStorage, TensorDictReplayBuffer
     from torchrl.modules import EGreedyModule
@@ -37,7 +40,7 @@ def torchrl_training(*, steps: int, warmup: int) -> Callable[[], None]:
         loss_module.set_keys(done="end-of-life", terminated="end-of-life")
         loss_module.make_value_estimator(gamma=0.99)
         target_updater = HardUpdate(loss_module, value_network_update_interval=10_000)
-    buffer = TensorDictReplayBuffer(storage=LazyMemmapStorage(max_size=BUFFER_SIZE), batch_size=32)
+    buffer = TensorDictReplayBuffer(storage=LazyMemmapStorage(max_size=BUFFER_SIZE, scratch_dir=scratch), batch_size=32)
     optimizer = torch.optim.Adam(loss_module.parameters(), lr=2.5e-4)
     batches = iter(collector)
     for _ in range(-(-warmup // steps)):
