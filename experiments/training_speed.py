@@ -14,7 +14,7 @@ import functools
 import importlib.util
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from experiments.peers.train_sb3 import sb3_training
 from experiments.peers.train_torchrl import torchrl_collection, torchrl_training
 from mpdqn.bench.harness import Isolated, interleave
 from mpdqn.bench.speed import speed_table
+from mpdqn.bench.tables import summarize
 from mpdqn.records import Record
 
 PUBLISHED = ("TorchRL dqn_atari", "SB3 DQN", "CleanRL dqn_atari")
@@ -140,6 +141,34 @@ def agent_steps(record: Record) -> Record:
     return replace(record, values={"calls_per_s": calls * steps})
 
 
+def bars(records: Iterable[Record]) -> tuple[str, ...]:
+    """What the bars ask for and what was measured, one sentence each; a missed one says so."""
+    rates: dict[tuple[str, str], dict[int, float]] = {}
+    for record in map(agent_steps, records):
+        rate = record.values["calls_per_s"]
+        assert isinstance(rate, float)
+        key = str(record.settings["workload"]), str(record.settings["contender"])
+        rates.setdefault(key, {})[record.round] = rate
+    sentences = []
+
+    def bar(text: str, values: Iterable[float], least: float, digits: int) -> None:
+        median = summarize(values).median
+        sentences.append(
+            f"bar {'met' if median >= least else 'missed'}: {text} {median:,.{digits}f}, at least {least:,.{digits}f}"
+        )
+
+    trained, collected = rates.get((TRAINING, "mpdqn")), rates.get((COLLECTION, "mpdqn"))
+    published = [own for name in PUBLISHED if (own := rates.get((TRAINING, name)))]
+    if trained and published:
+        best = {r: max(own[r] for own in published) for r in trained}
+        bar("mpdqn's training over the best published peer", (trained[r] / best[r] for r in best), 1.5, 2)
+    if collected:
+        bar("mpdqn's collection in agent steps/s", collected.values(), 2300, 0)
+        if bare := rates.get((COLLECTION, "bare loop")):
+            bar("mpdqn's collection over the bare loop", (collected[r] / bare[r] for r in collected), 0.85, 2)
+    return tuple(sentences)
+
+
 def main(config: Config) -> None:
     """Measure both workloads and write the table."""
     if config.smoke:
@@ -160,7 +189,7 @@ def main(config: Config) -> None:
     notes = tuple(
         f"{name} left out: {package} is not installed, see the extra `peers`" for name, package in absent.items()
     )
-    table = replace(table, notes=(*table.notes, *notes))
+    table = replace(table, notes=(*table.notes, *bars(records), *notes))
     (config.out / "table.md").write_text(table.markdown())
     print(table.markdown())
 
