@@ -17,5 +17,5 @@ def keyed_seed(*key: str | int) -> int:
 
 
 def keyed_bytes(count: int, *key: str | int) -> bytes:
-    """The first ``count`` bytes of the stream that ``key`` names; a short stream costs less than a generator's start."""
+    """The first ``count`` bytes of the stream that ``key`` names; a short stream costs less than a generator."""
     return hashlib.shake_128(repr(key).encode()).digest(count)

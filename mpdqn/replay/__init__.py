@@ -6,7 +6,8 @@ Any division of the shards among processes samples the same batch: see `VirtualS
 from __future__ import annotations
 
 from mpdqn.replay.draw import Draw
+from mpdqn.replay.prefetch import Prefetcher
 from mpdqn.replay.shard import Shard
 from mpdqn.replay.shards import VirtualShards
 
-__all__ = ["Draw", "Shard", "VirtualShards"]
+__all__ = ["Draw", "Prefetcher", "Shard", "VirtualShards"]

@@ -48,6 +48,10 @@ class Sampler(Protocol):
     def lowest(self) -> float:
         """The smallest share of the mass that any row has which is in; infinite if none matters."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all that it holds."""
+
     def tensors(self) -> dict[str, Tensor]:
         """The state, not copied; after another one was copied in, call `reload`."""
 
@@ -98,6 +102,11 @@ class UniformSampler:
 
     def update(self, rows: Rows, magnitudes: NDArray[np.float64]) -> None:
         """Nothing depends on them."""
+
+    @property
+    def num_bytes(self) -> int:
+        """See `Sampler`."""
+        return self._in.nbytes
 
     def tensors(self) -> dict[str, Tensor]:
         """See `Sampler`."""
@@ -186,6 +195,11 @@ class ProportionalSampler:
     def lowest(self) -> float:
         """See `Sampler`."""
         return float(self._min.query(0, len(self._priority)) / self._total) if self.count else float("inf")
+
+    @property
+    def num_bytes(self) -> int:
+        """See `Sampler`; a tree over n leaves has 2·2ᵏ nodes of 8 bytes, 2ᵏ > n."""
+        return self._priority.nbytes + self._largest.nbytes + 16 * (self._sum.capacity + self._min.capacity)
 
     def tensors(self) -> dict[str, Tensor]:
         """See `Sampler`."""

@@ -112,8 +112,9 @@ class Shard:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the ring when it is full, without the trees of priorities."""
-        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors().values())
+        """Bytes of the ring when it is full, with all that belongs to it."""
+        cursors = sum(tensor.nbytes for tensor in self._cursors.values())
+        return self.frames.nbytes + self.records.nbytes + self._sampler.num_bytes + cursors
 
     @property
     def lowest(self) -> float:

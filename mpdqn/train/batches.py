@@ -7,8 +7,7 @@ then, in every layout alike. With ``prefetch`` it is put together while update u
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable
 
 from mpdqn.dqn.batch import Batch
 from mpdqn.learner import LearnStep
@@ -39,33 +38,35 @@ class BatchQueue:
         agree: Callable[[float], float],
     ) -> None:
         self._shards, self._batch_size, self._agree = shards, batch_size, agree
-        self._lookahead, self._ahead = lookahead, lookahead + prefetch
-        self._prefetcher = prefetcher
-        self._drawn: deque[Future[Batch]] = deque()
+        self._lookahead, self._prefetch, self._prefetcher = lookahead, prefetch, prefetcher
+        self._ready: deque[Batch] = deque()
+        self._under_way = False
 
     def batches(self, update: int) -> tuple[Batch, Batch | None]:
         """The batch of ``update``, counted from 0, and with lookahead the next one."""
-        first = update + len(self._drawn)
-        for later in range(first, update + self._ahead + 1):
-            self._drawn.append(self._draw(later))
-        return self._drawn[0].result(), self._drawn[1].result() if self._lookahead else None
+        self.settle()
+        while len(self._ready) <= self._lookahead:
+            self._start(update + len(self._ready))
+            self.settle()
+        if self._prefetch:
+            self._start(update + len(self._ready))
+        return self._ready[0], self._ready[1] if self._lookahead else None
 
     def learned(self, batch: Batch, step: LearnStep) -> None:
         """Give the errors of an update back to the shards; its batch leaves the queue."""
-        self._drawn.popleft()
+        self._ready.popleft()
         assert step.td_errors is not None
         self._shards.return_td_errors(batch.index.cpu(), step.td_errors.cpu())
 
     def settle(self) -> None:
         """Wait for what is being put together: the rows that it reads may be overwritten next."""
-        for future in self._drawn:
-            future.result()
+        if self._under_way:
+            self._ready.append(self._prefetcher.result())
+            self._under_way = False
 
-    def waiting(self) -> Sequence[Batch]:
-        """The batches that are drawn and were not learned from yet."""
-        return [future.result() for future in self._drawn]
-
-    def _draw(self, update: int) -> Future[Batch]:
+    def _start(self, update: int) -> None:
+        """Draw the batch of ``update`` now, and begin to put it together."""
         draw = self._shards.draw(self._batch_size, update)
         lowest = None if draw.probability is None else self._agree(draw.lowest)
-        return self._prefetcher.submit(lambda: self._shards.gather(draw, lowest))
+        self._prefetcher.start(lambda: self._shards.gather(draw, lowest))
+        self._under_way = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -50,6 +51,10 @@ class NaiveReplay:
                 self.written[e] += 1
                 self.episodes[e].append([])
 
+    def interrupt(self) -> None:
+        for e in range(self.num_envs):
+            self.episodes[e].append([])
+
     def transitions(
         self, *, length: int, stack: int, n: int, discount: float, clip: bool
     ) -> dict[int, tuple[Tensor, Tensor, int, np.float32, np.float32]]:
@@ -60,7 +65,8 @@ class NaiveReplay:
                 for t, first in enumerate(episode):
                     taken = episode[t : t + n]
                     over = taken[-1].terminated or taken[-1].truncated
-                    next_is_stored = over or first.position + n < self.written[e]
+                    # An interrupted episode has no more rows: those after it are another's.
+                    next_is_stored = over or t + n < len(episode)
                     stack_is_stored = first.position - (stack - 1) >= self.written[e] - length
                     if not (next_is_stored and stack_is_stored):
                         continue
@@ -76,6 +82,24 @@ class NaiveReplay:
                         np.float32(bootstrap),
                     )
         return found
+
+
+@dataclass
+class NaivePriorities:
+    """index -> p of every transition that can be drawn; new ones get the largest so far."""
+
+    alpha: float
+    epsilon: float
+    largest: float = 1.0
+    priority: dict[int, float] = field(default_factory=dict)
+
+    def settle(self, sampleable: Iterable[int]) -> None:
+        self.priority = {i: self.priority.get(i, self.largest) for i in sampleable}
+
+    def return_td_error(self, index: int, error: float) -> None:
+        if index in self.priority:
+            self.priority[index] = (abs(error) + self.epsilon) ** self.alpha
+            self.largest = max(self.largest, self.priority[index])
 
 
 def assert_same(shard, naive: NaiveReplay, *, stack: int, n: int, discount: float, clip: bool) -> int:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import resource
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mpdqn.dqn.prioritization import Prioritization
 from mpdqn.environments import AtariEnvironment
 from mpdqn.replay import Shard
 from tests.replay.reference import NaiveReplay, assert_same
@@ -194,9 +198,26 @@ def test_too_little_data_names_both_numbers(pong):
     assert len(shard.sample(3, 0)) == 3
 
 
-def test_a_frame_is_stored_once():
-    shard = pong_shard(capacity=20_000, num_envs=8, n_step=3)
+@pytest.mark.parametrize("prioritization", [None, Prioritization()])
+def test_a_frame_is_stored_once(prioritization):
+    shard = pong_shard(capacity=20_000, num_envs=8, n_step=3, prioritization=prioritization)
+    rows = 8 * shard.length
+    # 84 × 84 pixels and a record; a flag, or a priority and its place in two trees; a few numbers of the environments.
+    if prioritization:
+        assert shard.num_bytes == rows * (7056 + 24 + 8) + 2 * 16 * 2 ** rows.bit_length() + 8 + 8 * 16 + 8
+    else:
+        assert shard.num_bytes == rows * (7056 + 24 + 1) + 8 * 16 + 8
     assert shard.num_bytes / shard.capacity * 1e6 <= 6.7 * 2**30
+
+
+def test_memory_fills_as_the_ring_does():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before = resident()
+    shard = pong_shard(capacity=30_000, num_envs=3)
+    assert shard.num_bytes > 200e6
+    assert resident() - before < 20e6
 
 
 def test_td_errors_come_back_as_magnitudes_and_are_unknown_before(pong):

@@ -105,3 +105,44 @@ def test_errors_name_the_numbers():
     for owned in ((0, 0), (0, 4), (-1,)):
         with pytest.raises(ValueError, match="not different numbers below num_shards = 4"):
             make(owned)
+
+
+def test_actions_of_several_dimensions():
+    settings = {"observation_shape": (2, 3, 3), "num_shards": 2, "capacity": 40, "envs_per_shard": 2, "seed": 0}
+    shards = VirtualShards(**settings, stack=2, action_shape=(3,))
+    frames = torch.ones(4, 2, 3, 3, dtype=torch.uint8)
+    for t in range(5):
+        shards.append(
+            observation=frames,
+            action=torch.tensor([[t, e, t * e] for e in range(4)]),
+            reward=torch.zeros(4),
+            terminated=torch.zeros(4, dtype=torch.bool),
+            truncated=torch.tensor([t == 2] * 4),
+            next_observation=frames,
+        )
+    batch = shards.sample(8, 0)
+    assert (batch.action.shape, batch.action.dtype) == ((8, 3), torch.int64)
+    position, env = batch.index // 2, batch.index % 2 + torch.arange(2).repeat_interleave(4) * 2
+    step = torch.where(position > 3, position - 1, position)  # an ended episode has one row more
+    assert torch.equal(batch.action, torch.stack([step, env, step * env], dim=1))
+    flat = VirtualShards(**settings, stack=2)
+    assert shards[0].num_bytes - flat[0].num_bytes == 16 * 2 * flat[0].length
+
+
+def test_what_was_inserted_is_counted_and_travels_with_the_state():
+    shards, copy = make(), make(capacity=400, owned=(1, 2))
+    assert shards.num_inserted == 30 * 8
+    assert shards.num_inserted > len(shards)
+    copy.load_state({name: tensor * (name.endswith("num_inserted") + 1) for name, tensor in shards.state().items()})
+    assert copy.num_inserted == 2 * 30 * 4
+
+
+def test_a_draw_touches_no_frames_and_names_its_transitions():
+    shards = make()
+    draw = shards.draw(16, 3, (2, 0))
+    assert draw.shards == (2, 0)
+    assert (draw.update, draw.probability, draw.lowest) == (3, None, float("inf"))
+    batch = shards.gather(draw)
+    assert torch.equal(batch.index, draw.index)
+    assert torch.equal(batch.weight, torch.ones(8))
+    assert_equal(batch, shards.sample(16, 3, (2, 0)))
