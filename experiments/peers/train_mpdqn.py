@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -22,8 +23,8 @@ BUFFER_SIZE = 10_000
 def mpdqn_training(*, steps: int, warmup: int) -> Callable[[], None]:
     """``steps`` agent steps and a quarter as many updates a call, after ``warmup`` transitions in replay.
 
-    DQN as published, with uniform replay and batches of 32, in one process with all threads; a smaller buffer and ε at
-    its end, as the peers have them.
+    DQN as published, with uniform replay and batches of 32, in one process with as many threads as it has; a
+    smaller buffer and ε at its end, as the peers have them.
     """
     from mpdqn.train import TrainConfig, Trainer  # collection alone needs none of it
 
@@ -31,6 +32,7 @@ def mpdqn_training(*, steps: int, warmup: int) -> Callable[[], None]:
         env=GAME,
         agent="dqn",
         network="nature",
+        layout=f"single@{torch.get_num_threads()}",
         batch_size=32,
         replay_period=4,
         min_replay=warmup,
@@ -40,6 +42,7 @@ def mpdqn_training(*, steps: int, warmup: int) -> Callable[[], None]:
         evaluation_episodes=0,
     )
     opened = ExitStack()
+    atexit.register(opened.close)  # which also keeps it, and the trainer in it, until then
     progress = opened.enter_context(Trainer.alone(config)).run()
     goal = 0
 
