@@ -8,6 +8,7 @@ that was broken off is: its turns would lie hours apart.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import sys
 import time
@@ -35,13 +36,28 @@ class Isolated:
         )
         self._process.start()
         theirs.close()
+        self._ready = False
+
+    def wait(self) -> None:
+        """Wait until ``make`` has returned; RuntimeError if it failed.
+
+        Contenders whose making is work keep one another, and the first turns, from being disturbed by it.
+        """
+        if not self._ready:
+            self._answer()
+            self._ready = True
 
     def rate(self, seconds: float) -> float:
         """Calls per second in a turn; RuntimeError if the process has failed, with its error."""
-        try:
+        self.wait()
+        with contextlib.suppress(BrokenPipeError):  # what ended it may still be read
             self._pipe.send(seconds)
+        return self._answer()
+
+    def _answer(self) -> float:
+        try:
             answer = self._pipe.recv()
-        except (EOFError, BrokenPipeError) as error:
+        except (EOFError, ConnectionResetError) as error:
             raise RuntimeError(f"a contender's process ended with code {self._process.exitcode}") from error
         if isinstance(answer, str):
             raise RuntimeError(f"a contender failed:\n{answer}")
@@ -122,6 +138,7 @@ def interleave(
 def _take_turns(make: Callable[[], Update], pipe: Connection) -> None:
     try:
         update = make()
+        pipe.send(0.0)
         while True:
             pipe.send(_rate(update, pipe.recv()))
     except (EOFError, KeyboardInterrupt):

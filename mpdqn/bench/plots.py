@@ -54,7 +54,7 @@ def throughput_figure(records: Iterable[Record]) -> Any:
     """
     rows = rows_of(records)
     reference = best_single(rows)
-    with _style():
+    with style():
         figure = Figure(figsize=(7.2, 1.75 + 0.34 * len(rows)), layout="constrained")
         axes = figure.add_subplot()
         for y, row in enumerate(rows):
@@ -75,7 +75,7 @@ def throughput_figure(records: Iterable[Record]) -> Any:
 def save(figure: Any, stem: Path) -> tuple[Path, Path]:
     """Write ``figure`` as ``stem``.svg and ``stem``.png and return both paths; the same figure gives the same bytes."""
     svg, png = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("svg", "png"))
-    with _style():
+    with style():
         figure.savefig(svg, metadata={"Date": None})
         figure.savefig(png, dpi=200, metadata={"Software": None})
     return svg, png
@@ -145,7 +145,7 @@ def _handles(rows: Sequence[Row], reference: bool) -> list[Any]:
 
 
 @contextmanager
-def _style() -> Iterator[None]:
+def style() -> Iterator[None]:
     """matplotlib's defaults and our own settings, whatever the user's matplotlibrc says; all put back afterwards."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()

@@ -1,11 +1,13 @@
 """`interleave`: turns in order, a record for each at once, and a run that goes on where it stopped."""
 
+import functools
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from mpdqn.bench.harness import interleave
+from mpdqn.bench.harness import Isolated, interleave
 from mpdqn.records import RECORDS, Record, read_records
 
 
@@ -107,3 +109,34 @@ def test_a_turn_is_as_long_as_asked(tmp_path: Path) -> None:
     rate = record.values["calls_per_s"]
     assert isinstance(rate, float)
     assert 0 < rate <= (len(log.calls) - 1) / 0.05, "the call that warmed up does not count"
+
+
+def slow_to_make(file: Path) -> Callable[[], None]:
+    time.sleep(0.5)
+    file.write_text("made")
+    return lambda: time.sleep(0.01)
+
+
+def fails_to_make() -> Callable[[], None]:
+    raise ArithmeticError("no network")
+
+
+def test_a_contender_in_its_own_process_is_waited_for(tmp_path: Path) -> None:
+    contender = Isolated(functools.partial(slow_to_make, tmp_path / "made"))
+    try:
+        contender.wait()
+        assert (tmp_path / "made").exists()
+        contender.wait()
+        assert 0 < contender.rate(0.0) <= 100
+        assert 0 < contender.rate(0.05) <= 100
+    finally:
+        contender.close()
+
+
+def test_what_goes_wrong_in_the_making_is_told() -> None:
+    contender = Isolated(fails_to_make)
+    try:
+        with pytest.raises(RuntimeError, match=r"a contender failed:[\s\S]*ArithmeticError: no network"):
+            contender.rate(0.0)
+    finally:
+        contender.close()

@@ -35,6 +35,7 @@ def test_every_experiment_is_run_here() -> None:
         "pipeline_peers",
         "replay",
         "schedule_overhead",
+        "training_speed",
     }
     assert files == measured, "give a new experiment its test"
 
@@ -47,6 +48,24 @@ def test_learner_speed_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert [record.settings["contender"] for record in records] == names
     assert run("learner_speed", "--out", str(tmp_path)) == table, "all is there: nothing is measured again"
     assert list(read_records(tmp_path / RECORDS)) == records
+
+
+@pytest.mark.timeout(600)
+def test_training_speed(tmp_path: Path) -> None:
+    """Every peer that is installed trains; the others are named in the notes."""
+    table = run("training_speed", "--out", str(tmp_path))
+    assert (tmp_path / "table.md").read_text() in table
+    records = list(read_records(tmp_path / RECORDS))
+    measured = {(record.settings["workload"], record.settings["contender"]) for record in records}
+    assert {
+        ("training", "mpdqn"),
+        ("collection with a policy", "mpdqn"),
+        ("collection with a policy", "bare loop"),
+    } <= (measured)
+    for name in ("TorchRL dqn_atari", "SB3 DQN", "CleanRL dqn_atari", "SB3 DQN, tuned", "CleanRL dqn_atari, tuned"):
+        assert ("training", name) in measured or f"{name} left out: " in table
+    assert all(record.values["calls_per_s"] > 0 for record in records)  # type: ignore[operator]
+    assert "mpdqn's collection over the bare loop" in table
 
 
 @pytest.mark.timeout(600)

@@ -1,0 +1,61 @@
+"""What `mpdqn evaluate` shows and keeps."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from mpdqn.bench.evaluation import EvaluateConfig, evaluation_records, evaluation_table, run_evaluation
+from mpdqn.evaluate import Evaluation
+from mpdqn.networks import make_network
+from mpdqn.records import Environment, Record
+
+PONG = Evaluation(
+    environment="pong",
+    epsilon=0.001,
+    seed=0,
+    returns=(14.6, -20.7, 14.6, 14.6),
+    lengths=(2000, 1000, 2000, 27000),
+    truncated=(False, False, False, True),
+    frames=128_000,
+    seconds=8.0,
+)
+
+
+def test_the_table() -> None:
+    table = evaluation_table(
+        [PONG, replace(PONG, environment="reacher", epsilon=0.0, returns=(3.0,), truncated=(False,))]
+    )
+    assert table.rows[0][:4] == ("pong", "0.001", "4", "5.8")
+    assert table.rows[0][5:] == ("14.6", "14.6", "-20.7 to 14.6", "0.750", "1 of 4")
+    assert table.rows[1] == ("reacher", "0", "1", "3.0", "–", "3.0", "3.0", "3 to 3", "–", "0 of 1")
+
+
+def test_records_hold_every_episode() -> None:
+    environment = Environment(commit="", versions={}, hardware="", cores=2, memory_gib=1.0, command="")
+    (record,) = evaluation_records([PONG], environment)
+    assert Record.from_json(record.to_json()).values["returns"] == list(PONG.returns)
+
+
+def test_a_run_with_a_video(tmp_path: Path) -> None:
+    pytest.importorskip("imageio_ffmpeg")
+    network = make_network("nature", (4, 84, 84), 6, width=None, seed=0)
+    config = EvaluateConfig(run=tmp_path, episodes=1, epsilon=1.0, video=tmp_path / "episode.mp4", seed=1)
+    (evaluation,) = run_evaluation(config, network, "qbert")
+    assert len(evaluation.returns) == 1
+    assert (tmp_path / "episode.mp4").stat().st_size > 1000
+
+
+def test_without_the_extra_nothing_is_played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imageio.v2", None)
+    config = EvaluateConfig(run=tmp_path, video=tmp_path / "episode.mp4")
+    with pytest.raises(ValueError, match=r"mpdqn\[video\]"):
+        run_evaluation(config, make_network("nature", (4, 84, 84), 6, width=None, seed=0), "no such game")
+
+
+def test_both_epsilons_by_default(tmp_path: Path) -> None:
+    assert EvaluateConfig(run=tmp_path).epsilons == (0.001, 0.0)
+    assert EvaluateConfig(run=tmp_path, epsilon=0.05).epsilons == (0.05,)
