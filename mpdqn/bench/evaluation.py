@@ -11,7 +11,8 @@ from torch import nn
 
 from mpdqn.bench.tables import NOTHING, Table
 from mpdqn.evaluate import EVALUATION_EPSILON, Evaluation, Greedy, argmax, evaluate
-from mpdqn.records import Environment, Record
+from mpdqn.records import RECORDS, Environment, Record, append_records
+from mpdqn.train import load_run
 from mpdqn.video import open_video
 
 
@@ -36,6 +37,20 @@ class EvaluateConfig:
     def epsilons(self) -> tuple[float, ...]:
         """Every ε to play with."""
         return (EVALUATION_EPSILON, 0.0) if self.epsilon is None else (self.epsilon,)
+
+
+def evaluate_run(config: EvaluateConfig) -> Table:
+    """Evaluate the network of a training run; its folder gets ``evaluation.md`` and the records.
+
+    Raises:
+        ValueError: for a folder without a finished run, or a setting out of range.
+    """
+    run = load_run(config.run)
+    played = run_evaluation(config, run.network, run.job.config.env, greedy=run.job.agent.greedy)
+    table = evaluation_table(played)
+    (config.run / "evaluation.md").write_text(table.markdown())
+    append_records(config.run / RECORDS, evaluation_records(played, Environment.current()))
+    return table
 
 
 def run_evaluation(
