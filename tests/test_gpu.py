@@ -34,6 +34,10 @@ CASES = (
     Case(data=2, m=2),
     Case(data=2, pipeline=2, schedule="1f1b", m=2, placement="stacked"),
     *(tiny_case(schedule, lookahead=1, placement="stacked") for schedule in SCHEDULES),
+    *(
+        tiny_case("td1f1b", lookahead=1, placement="stacked", agent=agent)
+        for agent in ("rainbow", "munchausen_dqn", "hl_gauss", "decqn")
+    ),
     tiny_case("tdzb", pipeline=3, lookahead=1, recompute="mixed", placement="stacked"),
     tiny_case("zbv", recompute="all", accumulation=2, placement="stacked"),
     tiny_case("td1f1b", data=2, lookahead=1, accumulation=2, target_tau=0.5, placement="stacked"),

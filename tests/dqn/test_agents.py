@@ -2,19 +2,25 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
 import torch
 
+from mpdqn.bench.single import random_batch
 from mpdqn.dqn import published as settings
 from mpdqn.dqn.acting import ActionValues
-from mpdqn.dqn.agents import AGENTS, Agent, make_agent
+from mpdqn.dqn.agents import AGENTS, Agent, Labels, make_agent
 from mpdqn.dqn.distributions import Categorical, HLGauss
 from mpdqn.dqn.exploration import LinearEpsilon
+from mpdqn.dqn.losses import global_mean, huber, td_error
 from mpdqn.dqn.munchausen import Munchausen
 from mpdqn.dqn.published import SETTINGS, minatar, published
+from mpdqn.learner import Learner, LearnerConfig
+from mpdqn.mesh import Mesh, World
 from mpdqn.networks import make_network
+from mpdqn.plan import Parallelism, Partition, Plan
 
 NEXT_OBS, OBS = "next_obs", "obs"
 
@@ -212,3 +218,38 @@ def test_minatar_settings_are_dopamines():
         f.name for f in dataclasses.fields(small) if getattr(small, f.name) != getattr(settings.rainbow(), f.name)
     }
     assert changed == {"learning_rate", "adam_eps", "target_period", "min_replay", "capacity", "clip_rewards"}
+
+
+class Expected(Agent):
+    """Expected SARSA under a softmax policy: the example of docs/agents.md."""
+
+    def loss(
+        self, q: torch.Tensor, values: Mapping[str, torch.Tensor], labels: Labels, global_batch_size: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        target = labels.reward + labels.discount * (values["T"].softmax(1) * values["T"]).sum(1)
+        error = td_error(q, labels.action, target)
+        return global_mean(huber(error), labels.weight, global_batch_size), error.detach()
+
+
+def test_an_agent_of_ones_own_learns_like_the_others():
+    with World.open("cpu", 10) as world:
+        losses = []
+        for cuts, m in (((), 1), ((4,), 4)):
+            network = make_network("minatar", (4, 10, 10), 5, fc=8, seed=3).double()
+            plan = Plan.stacked(
+                Partition(boundaries=(0, *cuts, len(network))), Parallelism(pipeline=len(cuts) + 1, num_microbatches=m)
+            )
+            agent = Expected(name="expected")
+            learner = Learner(
+                network,
+                mesh=Mesh(world, plan, agent.letters),
+                agent=agent,
+                batch_size=8,
+                observation_shape=(4, 10, 10),
+                config=LearnerConfig(target_period=1, learning_rate=1e-2),
+            )
+            batches = [random_batch((4, 10, 10), 5, 8, update) for update in range(3)]
+            losses.append(
+                [learner.learn(batch.to(torch.device("cpu"), torch.float64)).loss.item() for batch in batches]
+            )
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
