@@ -135,8 +135,16 @@ class Shard:
 
         ``observation`` and ``next_observation`` [E, C, H, W] uint8; ``action`` [E] or [E, D]; ``reward`` [E], not
         clipped; ``terminated`` and ``truncated`` [E] bool. ``next_observation`` is the true one: of an episode that
-        ended, its last, not the first of the next episode.
+        ended, its last, not the first of the next episode. All lie on the CPU.
+
+        Raises:
+            ValueError: if actions have another shape than ``action_shape`` says.
         """
+        if action.shape != (self.num_envs, *self.action_shape):
+            raise ValueError(
+                f"actions have shape {tuple(action.shape)} but {self.num_envs} environments and action_shape "
+                f"{self.action_shape} make {(self.num_envs, *self.action_shape)}"
+            )
         env = self._everyone
         row = self._begin_rows(env, observation.numpy())
         records = self.records

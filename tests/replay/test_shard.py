@@ -289,3 +289,9 @@ def test_counts_below_one_are_refused(name):
 def test_channels_must_be_stacks_of_frames():
     with pytest.raises(ValueError, match="4 channels, which is not a multiple of stack = 3"):
         pong_shard(stack=3)
+
+
+def test_actions_of_another_shape_are_refused(pong):
+    # Three environments and three dimensions: numpy would spread one number over a row.
+    with pytest.raises(ValueError, match=r"actions have shape \(3,\) but 3 environments and action_shape \(3,\)"):
+        pong_shard(action_shape=(3,)).append(**pong[0])
