@@ -80,7 +80,7 @@ def plain(environment: Any) -> Any:
 def _task(name: str, gymnasium_id: str, branches: int) -> SimulatedKind:
     return SimulatedKind(
         extra="robot",
-        modules=("mujoco",),
+        modules=("mujoco", "imageio"),
         spec=EnvironmentSpec(
             name=name,
             observation_shape=(3 * STACK, SIZE, SIZE),
