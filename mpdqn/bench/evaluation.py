@@ -11,7 +11,8 @@ from torch import nn
 
 from mpdqn.bench.tables import NOTHING, Table
 from mpdqn.evaluate import EVALUATION_EPSILON, Evaluation, Greedy, argmax, evaluate
-from mpdqn.records import Environment, Record
+from mpdqn.records import RECORDS, Environment, Record, append_records
+from mpdqn.train import load_run
 from mpdqn.video import open_video
 
 
@@ -36,6 +37,18 @@ class EvaluateConfig:
     def epsilons(self) -> tuple[float, ...]:
         """Every ε to play with."""
         return (EVALUATION_EPSILON, 0.0) if self.epsilon is None else (self.epsilon,)
+
+
+def evaluate_run(config: EvaluateConfig) -> tuple[Evaluation, ...]:
+    """Evaluate the final weights of a training run, and append a record of each ε to the run's ``records.jsonl``.
+
+    Raises:
+        ValueError: if the folder is no finished training run, or as `run_evaluation` does.
+    """
+    run = load_run(config.run)
+    evaluations = run_evaluation(config, run.network, run.job.config.env, greedy=run.job.agent.greedy)
+    append_records(config.run / RECORDS, evaluation_records(evaluations, Environment.current()))
+    return evaluations
 
 
 def run_evaluation(
