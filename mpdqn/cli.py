@@ -75,8 +75,26 @@ def _train(flags: list[str]) -> None:
         print(result.summary())
 
 
+def _evaluate(flags: list[str]) -> None:
+    from mpdqn.bench.evaluation import EvaluateConfig, evaluate_run
+
+    table = evaluate_run(_parse(EvaluateConfig, "evaluate", flags))
+    print(table.markdown())
+
+
+def _curves(flags: list[str]) -> None:
+    from mpdqn.bench.curves import CurvesConfig, curves
+
+    print("\n".join(f"Written to {path}" for path in curves(_parse(CurvesConfig, "curves", flags))))
+
+
 def _parse(config: type[Config], command: str, flags: list[str]) -> Config:
     return tyro.cli(config, prog=f"mpdqn {command}", args=flags, config=(tyro.conf.FlagCreatePairsOff,))
 
 
-COMMANDS: Mapping[str, Callable[[list[str]], None]] = {"compare": _compare, "train": _train}
+COMMANDS: Mapping[str, Callable[[list[str]], None]] = {
+    "compare": _compare,
+    "train": _train,
+    "evaluate": _evaluate,
+    "curves": _curves,
+}

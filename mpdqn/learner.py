@@ -31,6 +31,7 @@ from mpdqn.dqn.batch import Batch
 from mpdqn.exchange.reduction import Reduction
 from mpdqn.mesh import Mesh, Message
 from mpdqn.networks import check_exactness, noisy_layers, set_noise
+from mpdqn.pipeline.acceleration import Acceleration
 from mpdqn.pipeline.labels import LabelExchange
 from mpdqn.pipeline.runtime import Pipeline, Program, Values
 from mpdqn.pipeline.stage import build_stages
@@ -56,6 +57,7 @@ class Learner:
         observation_shape: tuple[int, int, int],
         config: LearnerConfig | None = None,
         table: ActionTable | None = None,
+        acceleration: Acceleration | None = None,
     ) -> None:
         """Cut ``network`` and keep the stages of this rank, which must have a part in the mesh's plan.
 
@@ -67,6 +69,7 @@ class Learner:
             observation_shape: C, H, W.
             config: how an update is made.
             table: the actions of a step, equal on every rank; the plan's schedule if not given.
+            acceleration: how the layers are computed, the same on every rank; plainly if not given.
 
         Raises:
             ValueError: if the batch does not divide into d·m micro-batches, the table is not one of this plan, the
@@ -95,7 +98,7 @@ class Learner:
         d, m = plan.parallelism.data, plan.parallelism.num_microbatches
         self._local_size, self._micro_size = batch_size // d, batch_size // (d * m * parts)
         self.stages = build_stages(
-            network, plan.partition, mesh.stages, observation_shape, self._micro_size, mesh.device
+            network, plan.partition, mesh.stages, observation_shape, self._micro_size, mesh.device, acceleration
         )
         self._dtype, shape = self.stages[0].value_dtype, self.stages[0].value_shape
         agent.check_output(shape)

@@ -39,16 +39,18 @@ class EvaluateConfig:
         return (EVALUATION_EPSILON, 0.0) if self.epsilon is None else (self.epsilon,)
 
 
-def evaluate_run(config: EvaluateConfig) -> tuple[Evaluation, ...]:
-    """Evaluate the final weights of a training run, and append a record of each ε to the run's ``records.jsonl``.
+def evaluate_run(config: EvaluateConfig) -> Table:
+    """Evaluate the network of a training run; its folder gets ``evaluation.md`` and the records.
 
     Raises:
-        ValueError: if the folder is no finished training run, or as `run_evaluation` does.
+        ValueError: for a folder without a finished run, or a setting out of range.
     """
     run = load_run(config.run)
-    evaluations = run_evaluation(config, run.network, run.job.config.env, greedy=run.job.agent.greedy)
-    append_records(config.run / RECORDS, evaluation_records(evaluations, Environment.current()))
-    return evaluations
+    played = run_evaluation(config, run.network, run.job.config.env, greedy=run.job.agent.greedy)
+    table = evaluation_table(played)
+    (config.run / "evaluation.md").write_text(table.markdown())
+    append_records(config.run / RECORDS, evaluation_records(played, Environment.current()))
+    return table
 
 
 def run_evaluation(

@@ -7,7 +7,10 @@ highway-env draws what its `GrayscaleObservation` describes, 84 × 84 at 1.75 pi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
 from typing import Any
 
 import gymnasium
@@ -39,8 +42,25 @@ _OBSERVATION = {
 }
 
 
-class Upright(gymnasium.ObservationWrapper):  # type: ignore[misc]
-    """highway-env's one-frame stack [1, W, H], lying on its side, as a picture [H, W]."""
+class Scene(gymnasium.ObservationWrapper):  # type: ignore[misc]
+    """A scene of highway-env as a picture [H, W], standing upright, whatever else this process plays or is set to.
+
+    highway-env's own observation is a stack of one, [1, W, H], lying on its side.
+    """
+
+    def __init__(self, env: Any) -> None:
+        super().__init__(env)
+        self._changed: dict[tuple[type, str], Any] = {}
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        """Begin an episode, with a new surface to draw on, which needs no screen."""
+        with own_manners(self._changed), _offscreen():
+            return super().reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> Any:
+        """One decision."""
+        with own_manners(self._changed):
+            return super().step(action)
 
     def observation(self, observation: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The picture."""
@@ -48,9 +68,48 @@ class Upright(gymnasium.ObservationWrapper):  # type: ignore[misc]
         return picture
 
 
-def _window() -> Mapping[str, str]:
-    # pygame draws off screen, but its first surface asks for a display all the same.
-    return {"SDL_VIDEODRIVER": "dummy"}
+@contextlib.contextmanager
+def own_manners(changed: dict[tuple[type, str], Any] | None = None) -> Iterator[None]:
+    """Have the other vehicles drive as ``changed`` says inside, which is brought up to date, and as before outside.
+
+    Some scenes (intersection) set how the vehicles drive as attributes of their *class*, which all later scenes of the
+    process would then share: an episode would depend on what was played before it.
+    """
+    changed = {} if changed is None else changed
+    before = _manners()
+    for (vehicle, name), value in changed.items():
+        setattr(vehicle, name, value)
+    try:
+        yield
+    finally:
+        now = _manners()
+        changed.clear()
+        changed |= {key: value for key, value in now.items() if key not in before or before[key] is not value}
+        for vehicle, name in changed:
+            if (vehicle, name) in before:
+                setattr(vehicle, name, before[vehicle, name])
+            else:
+                delattr(vehicle, name)
+
+
+def _manners() -> dict[tuple[type, str], Any]:
+    """The constants of all classes of vehicles that drive by themselves."""
+    behavior = sys.modules["highway_env.vehicle.behavior"]
+    vehicles = [value for value in vars(behavior).values() if isinstance(value, type)]
+    return {(v, name): value for v in vehicles for name, value in vars(v).items() if name.isupper()}
+
+
+@contextlib.contextmanager
+def _offscreen() -> Iterator[None]:
+    # With the driver "dummy", which people set on servers, highway-env draws nothing at all: black pictures.
+    old = os.environ.get("SDL_VIDEODRIVER")
+    os.environ["SDL_VIDEODRIVER"] = "offscreen"
+    try:
+        yield
+    finally:
+        os.environ.pop("SDL_VIDEODRIVER")
+        if old is not None:
+            os.environ["SDL_VIDEODRIVER"] = old
 
 
 def scenes() -> dict[str, SimulatedKind]:
@@ -73,7 +132,6 @@ def scenes() -> dict[str, SimulatedKind]:
             arguments={"continuous": False},
             format=PixelFormat(grey=True, size=None, crop=(0, SIZE, 6, 6 + SIZE)),
             frames_per_action=4,
-            variables=_window,
         ),
     )
     return found
@@ -97,8 +155,8 @@ def _scene(name: str, gymnasium_id: str, num_actions: int) -> SimulatedKind:
             make=gymnasium_id,
             arguments={"config": settings},
             imports=("highway_env",),
-            adapt=Upright,
+            guard=own_manners,
+            adapt=Scene,
             format=PixelFormat(grey=True, size=None),
-            variables=_window,
         ),
     )

@@ -7,6 +7,7 @@ import io
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from importlib import import_module
 from typing import Any
@@ -32,16 +33,17 @@ def unchanged(environment: Any) -> Any:
 class SimulatorConfig:
     """How one Gymnasium environment is made and played; pickles, for workers.
 
-    ``make`` its id or Gymnasium's own spec of it, with ``arguments``; ``imports`` modules that register it; ``adapt``
-    is given the environment that was made. ``pictures``: "observed" or "rendered" ones. An action is taken
-    ``frames_per_action`` times, its rewards are added, and the last picture is kept. ``variables`` are set in the
-    process environment while it is made and first drawn, where they are not set already.
+    ``make`` its id or Gymnasium's own spec of it, with ``arguments``; ``imports`` modules that register it; ``guard``
+    is around its making, and ``adapt`` is given what was made. ``pictures``: "observed" or "rendered" ones. An action
+    is taken ``frames_per_action`` times, its rewards are added, and the last picture is kept. ``variables`` are set in
+    the process environment while it is made and first drawn, where they are not set already.
     """
 
     name: str
     make: Any
     arguments: Mapping[str, Any] = field(default_factory=dict)
     imports: tuple[str, ...] = ()
+    guard: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext
     adapt: Callable[[Any], Any] = unchanged
     pictures: str = "observed"
     format: PixelFormat = field(default_factory=PixelFormat)
@@ -127,7 +129,8 @@ def make(config: SimulatorConfig) -> Any:
         try:
             for module in config.imports:
                 import_module(module)
-            made = gymnasium.make(config.make, disable_env_checker=True, **config.arguments)
+            with config.guard():
+                made = gymnasium.make(config.make, disable_env_checker=True, **config.arguments)
         except (gymnasium.error.Error, ImportError) as error:
             raise ValueError(f"environment {config.name!r} cannot be made: {error}") from error
     return config.adapt(made)

@@ -101,12 +101,13 @@ class Pipeline:
             online: nn.Module = stage.online
             if recompute and recompute[stage.index] == "boundaries":
                 online = Checkpointed(stage.online)
+            online = stage.computing(online)
             if any(a.stage == stage.index and a.kind == BACKWARD_INPUT for a in table.actions):
                 online = Owned(online)
             self._runners[FORWARD, stage.index] = _static_stage(mesh, stage, online, self._m, True)
             for letter, network in passes.items():
                 module = stage.online if network == "online" else stage.target
-                self._runners[letter, stage.index] = _static_stage(mesh, stage, module, self._m, False)
+                self._runners[letter, stage.index] = _static_stage(mesh, stage, stage.computing(module), self._m, False)
 
     def program(self, table: ActionTable) -> Program:
         """This rank's part in ``table``, over the stages of this pipeline."""

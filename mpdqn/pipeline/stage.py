@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from mpdqn.partition.split import split
+from mpdqn.pipeline.acceleration import Acceleration
 from mpdqn.plan import Partition
 
 
@@ -29,6 +30,13 @@ class Stage:
     example_output: Tensor
     value_dtype: torch.dtype
     value_shape: tuple[int, ...]
+    is_last: bool = False
+    acceleration: Acceleration = field(default_factory=Acceleration)
+
+    def computing(self, layers: nn.Module) -> nn.Module:
+        """``layers``, such as this stage's online network, as they are to be computed: they share their parameters."""
+        device = next((p.device for p in layers.parameters()), torch.device("cpu"))
+        return self.acceleration.apply(layers, device, self.value_dtype if self.is_last else None)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The online parameters, under their global names."""
@@ -56,6 +64,7 @@ def build_stages(
     frames: tuple[int, int, int],
     microbatch_size: int,
     device: torch.device,
+    acceleration: Acceleration | None = None,
 ) -> list[Stage]:
     """The stages ``indices`` of ``network`` on ``device``, each with a target network that starts as a copy.
 
@@ -67,11 +76,13 @@ def build_stages(
         frames: C, H, W of an observation.
         microbatch_size: rows of each micro-batch.
         device: where the stages live.
+        acceleration: how their layers are computed; plainly if None.
     """
+    acceleration = acceleration or Acceleration()
     modules = split(network, partition)
     for module in modules[1:]:
         _keep_input(module)
-    ends = _boundaries(modules, frames, microbatch_size)
+    ends = _boundaries(modules, frames, microbatch_size, acceleration)
     stages = []
     for index in indices:
         online = modules[index].to(device)
@@ -85,6 +96,8 @@ def build_stages(
                 example_output=ends[index + 1],
                 value_dtype=ends[-1].dtype,
                 value_shape=tuple(ends[-1].shape[1:]),
+                is_last=index == len(modules) - 1,
+                acceleration=acceleration,
             )
         )
     return stages
@@ -104,13 +117,17 @@ def _keep_input(module: nn.Sequential) -> None:
 
 
 @torch.no_grad()
-def _boundaries(modules: list[nn.Sequential], frames: tuple[int, int, int], microbatch_size: int) -> list[Tensor]:
+def _boundaries(
+    modules: list[nn.Sequential], frames: tuple[int, int, int], microbatch_size: int, acceleration: Acceleration
+) -> list[Tensor]:
     """Meta tensors of one micro-batch at the input and after each stage, seen by sending two real frames through."""
     device = next((p.device for module in modules for p in module.parameters()), torch.device("cpu"))
     x = torch.zeros((2, *frames), dtype=torch.uint8, device=device)
     ends = [torch.empty((microbatch_size, *frames), dtype=torch.uint8, device="meta")]
+    plain = replace(acceleration, compiled=False)
+    dtype = next((p.dtype for module in modules for p in module.parameters()), torch.float32)
     for module in modules:
-        x = module(x)
+        x = plain.apply(module, device, dtype if module is modules[-1] else None)(x)
         channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         end = torch.empty((microbatch_size, *x.shape[1:]), dtype=x.dtype, device="meta", memory_format=layout)

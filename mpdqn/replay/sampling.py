@@ -199,7 +199,7 @@ class ProportionalSampler:
     @property
     def num_bytes(self) -> int:
         """See `Sampler`; a tree over n leaves has 2·2ᵏ nodes of 8 bytes, 2ᵏ > n."""
-        return self._priority.nbytes + self._largest.nbytes + 16 * (self._sum.capacity + self._min.capacity)
+        return int(self._priority.nbytes + self._largest.nbytes + 16 * (self._sum.capacity + self._min.capacity))
 
     def tensors(self) -> dict[str, Tensor]:
         """See `Sampler`."""

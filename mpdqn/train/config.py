@@ -97,9 +97,9 @@ class TrainConfig:
     dtype: Literal["float32", "float64"] = "float32"
     """Of the networks."""
     precision: Literal["float32", "tf32", "bf16", "auto"] = "auto"
-    """On a GPU: of matrix products and convolutions; auto measures. On the CPU it is always that of dtype."""
-    compile: Literal["auto", "off"] = "auto"
-    """On a GPU: torch.compile of the stages where it is measured to win."""
+    """Of products and convolutions; auto: on a GPU the fastest as measured, on the CPU float32."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of the stages; auto: on a GPU where it is measured to win, on the CPU off."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where the networks are."""
     evaluate_every: int = 0
@@ -234,6 +234,10 @@ def check(config: TrainConfig) -> TrainJob:
             raise ValueError(f"{name} is {getattr(config, name)} but must be 0 or 1")
     if config.recompute not in RECOMPUTATION:
         raise ValueError(f"unknown recompute {config.recompute!r}; choose {', '.join(RECOMPUTATION)}")
+    if config.dtype == "float64" and config.precision not in ("auto", "float32"):
+        raise ValueError(f"precision {config.precision} has no effect on dtype float64; leave one of them")
+    if config.device == "cpu" and config.precision == "tf32":
+        raise ValueError("precision tf32 is CUDA's, and --device is cpu; use float32 or bf16")
     if not config.timeout > 0:
         raise ValueError(f"timeout is {config.timeout} s but must be above 0")
     check_device(config.device)

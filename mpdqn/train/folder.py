@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import warnings
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
@@ -103,10 +104,12 @@ def load_run(folder: Path) -> Run:
     if strange:
         raise ValueError(f"{folder / CONFIG} has unknown settings {strange}; it is of another version of mpdqn")
     values = {name: value for name, value in about["config"].items()}
-    for name in ("out", "replay_dir"):
-        values[name] = None if values.get(name) in (None, "None") else Path(values[name])
+    values |= {"out": folder.parent, "replay_dir": None}
     # Where it ran says nothing about the network: load on one process, whatever the layout was.
-    job = check(TrainConfig(**values | {"layout": "single@all", "device": "cpu", "actors": "inline", "wandb": False}))
+    here = {"layout": "single@all", "device": "cpu", "actors": "inline", "wandb": False, "port": 0}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what the run itself has warned of
+        job = check(TrainConfig(**values | here))
     network = job.make_network()
     network.load_state_dict(state)
     return Run(folder=folder, job=job, network=network)

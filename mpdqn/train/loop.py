@@ -10,6 +10,7 @@ Every decision is a function of counts, so that all ranks take it alike without 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from mpdqn.learner import Learner, LearnerConfig, gather_by_name
 from mpdqn.mesh import Mesh, World
 from mpdqn.networks import noisy_layers, set_noise
 from mpdqn.partition import counted_profile
+from mpdqn.pipeline.acceleration import Acceleration, candidates, choose_acceleration
 from mpdqn.replay import Prefetcher, VirtualShards
 from mpdqn.train.acting import InlineActing, LaggedWeights, RemoteActing, act_remotely
 from mpdqn.train.batches import BatchQueue
@@ -49,7 +51,7 @@ class TrainStep:
     ``transitions`` agent steps and ``frames`` environment frames of all environments, ``updates`` of the network, ε at
     the end of the round. ``losses`` and ``grad_norms`` are scalars, one for each update of this round, the same on
     every learner rank. ``episodes`` ended in this round on this rank's replica, known to the rank of its first stage,
-    as are ``restarts``. ``actor_lag`` is how many updates the weights that played this round were behind its first batch.
+    as are ``restarts``. ``actor_lag`` is how many updates behind its first batch the weights were that played it.
     """
 
     round: int
@@ -96,6 +98,7 @@ class Trainer:
         self._delivery = WeightDelivery(world, plan, network, self._acting_ranks)
         owners_group = world.group(owners, "gloo")
         self._learners = world.group(plan.ranks, "gloo")
+        self.acceleration = self._accelerate(network)
         self.learner: Learner | None = None
         self.shards: VirtualShards | None = None
         self._queue: BatchQueue | None = None
@@ -119,6 +122,7 @@ class Trainer:
                     seed=config.seed,
                 ),
                 table=self.arrangement.table,
+                acceleration=self.acceleration,
             )
         if self.learner is not None and self.learner.owns_shards:
             self._own(self.learner, acting_network, owners_group, remote)
@@ -146,6 +150,24 @@ class Trainer:
                 yield trainer
             finally:
                 trainer.close()
+
+    def _accelerate(self, network: nn.Sequential) -> Acceleration:
+        """How the layers are computed, as rank 0 finds it out on the whole network. Collective over the world."""
+        config, spec = self.job.config, self.job.spec
+        tried = candidates(
+            "float32" if config.device == "cpu" and config.precision == "auto" else config.precision,
+            "off" if config.device == "cpu" and config.compile == "auto" else config.compile,
+        )
+        chosen: Acceleration | None = None
+        if self.world.rank == 0 and len(tried) > 1:
+            micro = self.job.settings.batch_size // (self.job.layout.data * self.job.layout.num_microbatches)
+            frames = torch.zeros((micro, *spec.observation_shape), dtype=torch.uint8, device=self.world.device)
+            chosen = choose_acceleration(tried, copy.deepcopy(network).to(self.world.device), frames)
+        acceleration = tried[0] if len(tried) == 1 else self.world.from_first(chosen)
+        assert acceleration is not None
+        if self.world.device.type == "cuda":
+            acceleration.set_products()
+        return acceleration
 
     def _owned(self, replica: int) -> range:
         share = self.job.config.num_shards // self.job.layout.data

@@ -49,6 +49,17 @@ def test_a_comparison_from_python(tmp_path: Path) -> None:
     assert again == comparison
 
 
+@pytest.mark.parametrize(("agent", "head"), [("rainbow", "dueling"), ("decqn", "plain")])
+def test_every_kind_of_agent_is_compared(agent: str, head: str, tmp_path: Path) -> None:
+    """Transitions are played and learned from with the head that the agent needs; noise and passes run ahead."""
+    config = mpdqn.CompareConfig(smoke=True, transitions=64, out=tmp_path, agent=agent, rounds=1)
+    comparison = mpdqn.compare(config, layouts=["pp2-td1f1b+stacked/m4"])
+    (record,) = comparison.records
+    assert (record.settings["agent"], record.settings["head"]) == (agent, head)
+    assert 0 < record.values["gradient_error"] < 5e-5  # type: ignore[operator]
+    assert record.values["td_error_error"] < 5e-5  # type: ignore[operator]
+
+
 def test_a_setting_that_there_is_not() -> None:
     with pytest.raises(TypeError, match="batchsize"):
         mpdqn.compare(batchsize=3)

@@ -15,6 +15,7 @@ from torch import nn
 import mpdqn
 from mpdqn.bench import compare as module
 from mpdqn.bench.config import CompareConfig, check
+from mpdqn.dqn.agents import make_agent
 
 TUPLE = tuple[int, int, int]
 
@@ -235,6 +236,37 @@ def test_filled_schedules_without_lookahead_are_warned_of_once(tmp_path: Path, m
     check(replace(config, lookahead=1), layouts=["pp2-td1f1b"])
     monkeypatch.setenv("RANK", "1")  # one of several processes says it
     check(config, layouts=["pp2-td1f1b"])
+
+
+@pytest.mark.parametrize(
+    ("agent", "head", "wanted"),
+    [
+        ("double_dqn", None, "plain"),
+        ("rainbow", None, "dueling"),
+        ("rainbow", "plain", "plain"),
+        ("dqn", "dueling", "dueling"),
+    ],
+)
+def test_the_head_is_the_agents_unless_another_is_named(agent: str, head: Any, wanted: str, tmp_path: Path) -> None:
+    job = check(CompareConfig(smoke=True, agent=agent, head=head, out=tmp_path), layouts=["single@1"])
+    network = job.make_network()
+    assert job.head == wanted
+    assert hasattr(network.get_submodule("head"), "value_fc") is (wanted == "dueling")
+    values = network(torch.zeros(2, 4, 84, 84, dtype=torch.uint8))
+    make_agent(agent).check_output(tuple(values.shape[1:]))
+
+
+def test_a_network_of_ones_own_must_have_the_agents_output(tmp_path: Path) -> None:
+    def values_only(shape: tuple[int, ...], actions: int) -> nn.Module:
+        class Flat(nn.Module):
+            def forward(self, x: torch.Tensor) -> torch.Tensor:
+                return x.flatten(1).float()
+
+        return nn.Sequential(Flat(), nn.LazyLinear(actions))
+
+    config = CompareConfig(smoke=True, agent="c51", out=tmp_path)
+    with pytest.raises(ValueError, match=r"it must return floats of shape \(2, 6, 51\), what this agent learns"):
+        check(config, values_only, layouts=["single@1"])
 
 
 def test_smoke_leaves_what_was_given() -> None:

@@ -60,11 +60,12 @@ def test_a_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     job = SimpleNamespace(config=SimpleNamespace(env="qbert"), agent=SimpleNamespace(greedy=greedy))
     network = make_network("nature", (4, 84, 84), 6, width=None, seed=0)
     monkeypatch.setattr(module, "load_run", lambda folder: SimpleNamespace(network=network, job=job))
-    (evaluation,) = evaluate_run(EvaluateConfig(run=tmp_path, episodes=1, epsilon=0.9))
-    assert evaluation.environment == "qbert"
+    table = evaluate_run(EvaluateConfig(run=tmp_path, episodes=1, epsilon=0.9))
+    assert table.rows[0][:3] == ("qbert", "0.9", "1")
+    assert (tmp_path / "evaluation.md").read_text() == table.markdown()
     assert set(asked) == {8}
     (record,) = read_records(tmp_path / RECORDS)
-    assert record.values["returns"] == list(evaluation.returns)
+    assert f"{record.values['return_mean']:.1f}" == table.rows[0][3]
 
 
 def test_a_run_with_a_video(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def test_every_experiment_is_run_here() -> None:
         "learner_speed",
         "pipeline_efficiency",
         "pipeline_peers",
+        "replay",
         "schedule_overhead",
         "training_speed",
     }
@@ -80,3 +81,24 @@ def test_pipeline_efficiency(tmp_path: Path) -> None:
     for record in records:
         assert f"| {record.row} " in table
         assert record.values["gradient_error"] < 5e-5  # type: ignore[operator]
+
+
+@pytest.mark.timeout(600)
+def test_replay_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    output = run("replay", "--out", str(tmp_path))
+    table = (tmp_path / "table.md").read_text()
+    assert table in output
+    records = list(read_records(tmp_path / RECORDS))
+    assert {record.settings["workload"] for record in records} == {
+        *("memory", "insert", "sample uniformly", "sample by priority")
+    }
+    bytes_of = {
+        str(record.settings["contender"]): record.values["bytes_per_transition"]
+        for record in records
+        if record.settings["workload"] == "memory"
+    }
+    shipped = bytes_of["TorchRL as shipped"]
+    assert isinstance(shipped, float)
+    assert round(shipped * 1e6 / 2**30) == 210
+    assert table in run("replay", "--out", str(tmp_path)), "all is there: nothing is measured again"
+    assert list(read_records(tmp_path / RECORDS)) == records
