@@ -99,6 +99,8 @@ def evaluate(
     device: torch.device | str = "cpu",
     max_steps: int | None = None,
     num_threads: int = 0,
+    workers: int = 0,
+    bins: int | None = None,
     watch: Watch = _ignore,
 ) -> Evaluation:
     """Play ``episodes`` episodes ε-greedily, with rewards as the game gives them and its sticky actions.
@@ -117,7 +119,9 @@ def evaluate(
         num_envs: how many episodes are played at a time; best a multiple of 8. One that is over waits for the others.
         device: where the network is.
         max_steps: agent steps after which an episode is cut short, besides the environment's own limit.
-        num_threads: threads that step the games; 0 is one for each core.
+        num_threads: threads that step Atari games; 0 leaves it to the cores.
+        workers: processes in which simulators written in Python run; 0 is this one.
+        bins: values of each dimension of a continuous action; None for 3.
         watch: gets each newest frame that the agent sees of episode 0, uint8 [c, H, W], see `mpdqn.video`.
 
     Raises:
@@ -127,7 +131,7 @@ def evaluate(
         raise ValueError(f"episodes is {episodes}, num_envs {num_envs} and max_steps {max_steps}; each is at least 1")
     if not 0 <= epsilon <= 1:
         raise ValueError(f"epsilon is {epsilon}, but a probability lies in [0, 1]; for greedy play give 0")
-    spec = environment_spec(environment)
+    spec = environment_spec(environment, bins=bins)
     policy = _Policy(network, greedy, spec, epsilon=epsilon, seed=seed, device=torch.device(device))
     start = time.perf_counter()
     played: list[_Episode] = []
@@ -141,6 +145,8 @@ def evaluate(
                 seed=keyed_seed("evaluation", seed),
                 first_index=first,
                 num_threads=num_threads,
+                workers=workers,
+                bins=bins,
             )
             try:
                 played += _wave(games, policy, first, spec.action_shape, max_steps, _ignore if first else watch)

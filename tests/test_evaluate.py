@@ -70,14 +70,19 @@ class Zeros(nn.Module):
         return torch.arange(4.0).expand(len(x), 4)
 
 
+class Floats(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.float()
+
+
 @pytest.fixture
 def lengths(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     settings: dict[str, Any] = {}
 
-    def make(name: str, *, num_envs: int, seed: int, first_index: int, num_threads: int) -> Lengths:
+    def make(name: str, *, num_envs: int, first_index: int, **_: Any) -> Lengths:
         return Lengths(num_envs=num_envs, first_index=first_index, **settings)
 
-    def spec(name: str) -> EnvironmentSpec:
+    def spec(name: str, **_: Any) -> EnvironmentSpec:
         return SPEC if not settings.get("branches") else EnvironmentSpec(**vars(SPEC) | {"branches": 2})
 
     monkeypatch.setattr(module, "make_environment", make)
@@ -166,6 +171,18 @@ def test_a_game_is_the_same_however_many_are_played_at_a_time() -> None:
     assert all(earned % 25 == 0 for earned in two.returns)
     assert max(two.returns) > max(two.lengths)
     assert two.frames == 4 * sum(two.lengths)
+
+
+def test_minatar() -> None:
+    """One frame a step, a stack of one, channels that are objects."""
+    pytest.importorskip("minatar")
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Flatten(), Floats(), nn.Linear(400, 3))
+    one, many = (evaluate(network, "minatar/breakout", episodes=5, epsilon=0.5, seed=0, num_envs=n) for n in (1, 5))
+    assert (one.returns, one.lengths) == (many.returns, many.lengths)
+    assert one.frames == sum(one.lengths)
+    assert one.environment == "minatar-breakout"
+    assert len(set(one.lengths)) > 1
 
 
 def test_the_numbers_of_an_evaluation() -> None:

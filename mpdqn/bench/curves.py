@@ -166,12 +166,12 @@ def _curve(label: str, runs: Sequence[Run], average: Literal["mean", "iqm"], ban
 
 
 def labels(folders: Sequence[Path]) -> list[str]:
-    """What to call each run: its first record's row, with the settings in which the runs differ.
+    """What to call each run: the row of its record as a run (``train``), with the settings in which the runs differ.
 
     Runs of equal settings, which are other seeds of the same, have equal labels. A setting ``label`` replaces all that;
     a run without records, which has not ended, is called by its folder.
     """
-    records = [_first_record(folder) for folder in folders]
+    records = [_run_record(folder) for folder in folders]
     known = [record for record in records if record is not None]
     names = dict.fromkeys(name for record in known for name in record.settings)
     differ = [name for name in names if len({repr(record.settings.get(name)) for record in known}) > 1]
@@ -187,6 +187,7 @@ def labels(folders: Sequence[Path]) -> list[str]:
     return [label(folder, record) for folder, record in zip(folders, records, strict=True)]
 
 
-def _first_record(folder: Path) -> Record | None:
+def _run_record(folder: Path) -> Record | None:
     path = folder / RECORDS
-    return next(iter(read_records(path)), None) if path.is_file() else None
+    records = read_records(path) if path.is_file() else ()
+    return next((record for record in records if record.experiment == "train"), None)

@@ -5,13 +5,22 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from torch import Tensor
 
-from mpdqn.bench.evaluation import EvaluateConfig, evaluation_records, evaluation_table, run_evaluation
+from mpdqn.bench import evaluation as module
+from mpdqn.bench.evaluation import (
+    EvaluateConfig,
+    evaluate_run,
+    evaluation_records,
+    evaluation_table,
+    run_evaluation,
+)
 from mpdqn.evaluate import Evaluation
 from mpdqn.networks import make_network
-from mpdqn.records import Environment, Record
+from mpdqn.records import RECORDS, Environment, Record, read_records
 
 PONG = Evaluation(
     environment="pong",
@@ -38,6 +47,25 @@ def test_records_hold_every_episode() -> None:
     environment = Environment(commit="", versions={}, hardware="", cores=2, memory_gib=1.0, command="")
     (record,) = evaluation_records([PONG], environment)
     assert Record.from_json(record.to_json()).values["returns"] == list(PONG.returns)
+
+
+def test_a_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its environment, its agent's own greedy actions, and records beside those of the training."""
+
+    def greedy(output: Tensor) -> Tensor:
+        asked.append(len(output))
+        return output.argmin(dim=1)
+
+    asked: list[int] = []
+    job = SimpleNamespace(config=SimpleNamespace(env="qbert"), agent=SimpleNamespace(greedy=greedy))
+    network = make_network("nature", (4, 84, 84), 6, width=None, seed=0)
+    monkeypatch.setattr(module, "load_run", lambda folder: SimpleNamespace(network=network, job=job))
+    table = evaluate_run(EvaluateConfig(run=tmp_path, episodes=1, epsilon=0.9))
+    assert table.rows[0][:3] == ("qbert", "0.9", "1")
+    assert (tmp_path / "evaluation.md").read_text() == table.markdown()
+    assert set(asked) == {8}
+    (record,) = read_records(tmp_path / RECORDS)
+    assert f"{record.values['return_mean']:.1f}" == table.rows[0][3]
 
 
 def test_a_run_with_a_video(tmp_path: Path) -> None:

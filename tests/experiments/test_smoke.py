@@ -12,14 +12,14 @@ from mpdqn.records import RECORDS, read_records
 ROOT = Path(__file__).parents[2]
 
 
-def run(experiment: str, *flags: str) -> str:
+def run(experiment: str, *flags: str, timeout: float = 280) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", f"experiments.{experiment}", "--smoke", *flags],
         cwd=ROOT,
         capture_output=True,
         text=True,
         env=os.environ | {"OMP_NUM_THREADS": "2"},
-        timeout=280,
+        timeout=timeout,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -53,7 +53,7 @@ def test_learner_speed_goes_on_where_it_stopped(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_training_speed(tmp_path: Path) -> None:
     """Every peer that is installed trains; the others are named in the notes."""
-    table = run("training_speed", "--out", str(tmp_path))
+    table = run("training_speed", "--out", str(tmp_path), timeout=560)  # nine processes, one after the other
     assert (tmp_path / "table.md").read_text() in table
     records = list(read_records(tmp_path / RECORDS))
     measured = {(record.settings["workload"], record.settings["contender"]) for record in records}
