@@ -1,4 +1,4 @@
-"""`mpdqn.compare` called from Python, with one worker; tests/test_cli.py has the whole runs."""
+"""`mpdqn.compare` called from Python, with one worker; tests/cli has the whole runs."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -10,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,12 +20,19 @@ from mpdqn.cli import main
 from mpdqn.records import RECORDS, TABLES, TRACES, Record, read_records
 from mpdqn.schedule import SCHEDULES, ActionTable
 from mpdqn.timeline import Timeline
-
-ROOT = Path(__file__).parents[1]
-MPDQN = [sys.executable, "-W", "error", "-m", "mpdqn"]
-RUN_S = 280.0
-"""A smoke run takes 20 s on two idle cores; the machine may be busy."""
-END_S = 60.0
+from tests.cli.processes import (
+    END_S,
+    MPDQN,
+    RUN_S,
+    assert_nothing_left,
+    end,
+    processes_of,
+    run,
+    run_folder,
+    start,
+    torchrun,
+    wait_for,
+)
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -53,68 +59,6 @@ def make_network(shape, actions):
         nn.Flatten(), nn.Linear(8 * 81, 64), nn.ReLU(inplace=True), nn.Linear(64, actions),
     )
 """
-
-
-def start(arguments: list[str], folder: Path) -> subprocess.Popen[str]:
-    """A command in ``folder``, in a process group of its own; its temporary files name the folder, and it them."""
-    return subprocess.Popen(
-        arguments,
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        process_group=0,
-    )
-
-
-def run(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    process = start(arguments, folder)
-    try:
-        out, err = process.communicate(timeout=RUN_S)
-    finally:
-        end(process)
-    assert_nothing_left(folder, torchrun="torch.distributed.run" in arguments)
-    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
-
-
-def end(process: subprocess.Popen[str]) -> None:
-    if process.poll() is None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.communicate()
-
-
-def processes_of(folder: Path) -> dict[int, str]:
-    """Processes that were started with ``folder`` as TMPDIR, by their command lines."""
-    found = {}
-    mark = f"TMPDIR={folder}".encode()
-    for path in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if mark in (path / "environ").read_bytes().split(b"\0"):
-                line = (path / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-                if line:  # a zombie has none
-                    found[int(path.name)] = line
-    return found
-
-
-def assert_nothing_left(folder: Path, torchrun: bool = False) -> None:
-    assert processes_of(folder) == {}
-    assert not list(folder.glob("mpdqn-*"))
-    if not torchrun:  # which leaves a folder for its own logs
-        assert not list(folder.glob("torchelastic*"))
-
-
-def wait_for(condition: Callable[[], object], seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"no {what} within {seconds:g} s"
-        time.sleep(0.1)
-
-
-def run_folder(out: Path) -> Path:
-    (folder,) = out.iterdir()
-    return folder
 
 
 def rows(folder: Path) -> dict[str, list[Record]]:
@@ -237,10 +181,6 @@ def test_every_schedule_traced_and_drawn_again(tmp_path: Path) -> None:
     assert finished.returncode == 0, finished.stderr
     assert files() == {name: data for name, data in drawn.items() if name != "profile.json"}
     assert "Layouts compared" in finished.stdout
-
-
-def torchrun(processes: int) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "-m", "mpdqn"]
 
 
 def test_under_torchrun_with_four_processes(tmp_path: Path) -> None:
@@ -465,31 +405,3 @@ def test_an_unknown_flag_or_choice(
     out, err = capfd.readouterr()
     assert arguments[1].strip("-") in err
     assert out == ""
-
-
-def test_an_unknown_command_and_none(capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["comapre"]) == 2
-    out, err = capfd.readouterr()
-    assert (out, err.splitlines()[0]) == ("", "mpdqn: unknown command 'comapre'")
-    assert main([]) == 0
-    assert main(["--help"]) == 0
-    out, err = capfd.readouterr()
-    assert out.startswith("usage: mpdqn compare [flags]")
-    assert err == ""
-
-
-FLAGS = """
-    --env --network --width --head --agent --batch-size --num-microbatches --layouts --lookahead --recompute
-    --memory-limit --trace --steps --rounds --transitions --num-shards --envs-per-shard --epsilon --device --seed --out
-    --timeout --port --smoke --render-only
-"""
-
-
-def test_the_flags_are_frozen(capfd: pytest.CaptureFixture[str]) -> None:
-    """A flag that goes or changes its name breaks somebody's script: change this list knowingly."""
-    with pytest.raises(SystemExit) as caught:
-        main(["compare", "--help"])
-    assert caught.value.code == 0
-    text = capfd.readouterr().out
-    offered = {word.strip("│, ") for word in text.split() if word.strip("│, ").startswith("--")}
-    assert offered - {"--help"} == set(FLAGS.split())
