@@ -74,7 +74,7 @@ def test_a_box_for_each_span_and_a_label_for_each_rank(tmp_path: Path) -> None:
 
 
 def test_every_kind_has_its_own_colour() -> None:
-    assert len({color for color, _ in COLORS.values()}) == len(COLORS) == len("FBIWRTD") + 2
+    assert len({color for color, _ in COLORS.values()}) == len(COLORS) == len("FBIWRTDM") + 2
 
 
 def test_what_ran_late_is_an_outline_and_no_work(tmp_path: Path) -> None:
