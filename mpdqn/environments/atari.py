@@ -4,33 +4,47 @@ The protocol is Machado et al. 2018 ("Revisiting the Arcade Learning Environment
 0.25 in the place of no-op starts, the minimal action set, no end of episode at a lost life, 108,000 frames at most.
 The frames are those of Mnih et al. 2015: 4 per action, the maximum of the last two, grey, 84 × 84, stacks of 4.
 
-    reset            stack  [ 0  0  0  x₀]   a stack starts padded with zero frames
-    step 1                  [ 0  0  x₀ x₁]
-    step 2                  [ 0  x₀ x₁ x₂]
-    step 3                  [x₀ x₁ x₂ x₃]
+ALE takes a seed only while it loads a ROM, which costs 0.1 s of computing (75 % of it for a table of blended colours
+that nobody looks at): a quarter of what a short episode's steps cost. Each game is therefore a C++ environment of its
+own, and the next episode of each, whose seed is known, is loaded beside the running one, whose place it then takes:
+
+    game e    ├── episode k ── step 128 ────────────────────────┤├── episode k+1, loaded already ──
+    reserve                        └─ load, seed (e, k+1) ─ wait ┘└─ … the old game is the next reserve
 """
 
 from __future__ import annotations
 
-import difflib
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import torch
 from ale_py import roms
 from ale_py.vector_env import AtariVectorEnv
-from tensordict import TensorDict
-from torch import Tensor
-from torchrl.data import Binary, Bounded, Categorical, Composite, Unbounded
-from torchrl.envs import EnvBase
+from numpy.typing import NDArray
 
-from mpdqn.randomness import keyed_seed
+from mpdqn.environments.batched import BatchedEnvironment, Outcome
+from mpdqn.environments.nearest import nearest
+from mpdqn.environments.spec import EnvironmentSpec
 
 FRAMES_PER_ACTION = 4
 STACK = 4
 HEIGHT = WIDTH = 84
 STICKY_ACTION_PROBABILITY = 0.25
 MAX_EPISODE_FRAMES = 108_000
+RESERVE_AFTER = 128
+"""The step of an episode at which the next is loaded: short collections and episodes never pay for it."""
+
+
+def games() -> dict[str, str]:
+    """All ROMs' names, by the same name without underscores."""
+    return {game.replace("_", ""): game for game in roms.get_all_rom_ids()}
+
+
+def bare_name(name: str) -> str:
+    """``"ALE/MsPacman-v5"``, ``"MsPacman"`` and ``"ms_pacman"`` without what they differ in."""
+    return name.lower().removeprefix("ale/").removesuffix("-v5").replace("_", "")
 
 
 def find_game(name: str) -> str:
@@ -39,26 +53,32 @@ def find_game(name: str) -> str:
     Raises:
         ValueError: for any other name; the nearest one is offered.
     """
-    games: dict[str, str] = {game.replace("_", ""): game for game in roms.get_all_rom_ids()}
-    bare = name.lower().removeprefix("ale/").removesuffix("-v5").replace("_", "")
-    if bare in games:
-        return games[bare]
-    near = difflib.get_close_matches(bare, games, n=1, cutoff=0.0)[0]
-    raise ValueError(f"there is no environment {name!r} among the {len(games)} Atari games; try {games[near]!r}")
+    found, bare = games(), bare_name(name)
+    if bare in found:
+        return found[bare]
+    near = found[nearest(bare, found)]
+    raise ValueError(f"there is no environment {name!r} among the {len(found)} Atari games; try {near!r}")
 
 
-def game_spec(game: str) -> tuple[tuple[int, int, int], int]:
-    """The observation shape (C, H, W) and the number of actions of a ROM."""
-    return (STACK, HEIGHT, WIDTH), int(_vector_env(game, 1, 1, MAX_EPISODE_FRAMES).single_action_space.n)
+def game_spec(game: str) -> EnvironmentSpec:
+    """What there is to know of a ROM, which is loaded for it (0.1 s)."""
+    return EnvironmentSpec(
+        name=game,
+        observation_shape=(STACK, HEIGHT, WIDTH),
+        num_actions=int(_vector_env(game, MAX_EPISODE_FRAMES).single_action_space.n),
+        stack=STACK,
+        frames_per_action=FRAMES_PER_ACTION,
+        field="games",
+    )
 
 
-def _vector_env(game: str, num_envs: int, num_threads: int, max_episode_frames: int) -> Any:
+def _vector_env(game: str, max_episode_frames: int) -> Any:
     # ale-py 0.12.1 lists autoreset "Disabled" in Python but its C++ refuses it. "NextStep" is the same thing as long as
-    # each ended game is reset, by mask, before the next step; `AtariEnvironment._step` sees to that.
+    # an ended game is reset before the next step; `BatchedEnvironment._step` sees to that.
     return AtariVectorEnv(
         game,
-        num_envs,
-        num_threads=num_threads,
+        1,
+        num_threads=1,
         max_num_frames_per_episode=max_episode_frames,
         repeat_action_probability=STICKY_ACTION_PROBABILITY,
         autoreset_mode="NextStep",
@@ -74,24 +94,15 @@ def _vector_env(game: str, num_envs: int, num_threads: int, max_episode_frames: 
     )
 
 
-class AtariEnvironment(EnvBase):  # type: ignore[misc]
-    """N games of one kind; ``batch_size`` is [N].
-
-    Keys: ``observation`` uint8 [N, 4, 84, 84], the newest frame last; ``episode`` int64 [N], how many episodes this
-    environment finished or left before; ``step`` int64 [N], agent steps since the episode began; ``action`` int64 [N];
-    ``reward`` float32 [N, 1], the game's own, not clipped; ``terminated`` (game over), ``truncated`` (the frame limit)
-    and ``done`` (either) bool [N, 1].
-
-    Episode k of environment e is a function of ``keyed_seed("environment", seed, e, k)`` and the actions alone: neither
-    the other environments nor the processes they live in matter. The seed costs one load of the ROM, 0.1 s an episode.
-    Resetting an environment that took no step since its last reset leaves it as it is.
+class AtariEnvironment(BatchedEnvironment):
+    """N games of one kind; see `BatchedEnvironment` for keys and shapes.
 
     Args:
         game: the ROM's name, see `find_game`.
         num_envs: N.
         seed: the run's seed.
         first_index: global index of the first of the N environments.
-        num_threads: threads that step the games; 0 is one for each core, at most N.
+        num_threads: games that are stepped at a time; 0 leaves it to the cores that this process may use.
         max_episode_frames: the frame limit; an episode that reaches it is truncated.
 
     Raises:
@@ -108,94 +119,64 @@ class AtariEnvironment(EnvBase):  # type: ignore[misc]
         num_threads: int = 0,
         max_episode_frames: int = MAX_EPISODE_FRAMES,
     ) -> None:
-        if num_envs < 1 or first_index < 0:
-            raise ValueError(f"num_envs is {num_envs} (at least 1) and first_index {first_index} (at least 0)")
-        super().__init__(device=torch.device("cpu"), batch_size=torch.Size([num_envs]))
-        self._games = _vector_env(game, num_envs, num_threads, max_episode_frames)
-        self.indices = range(first_index, first_index + num_envs)
-        self.observation_shape = (STACK, HEIGHT, WIDTH)
-        self.num_actions = int(self._games.single_action_space.n)
-        self.frames_per_action = FRAMES_PER_ACTION
-        self._set_seed(seed)
-        n = num_envs
-        flag = Binary(1, dtype=torch.bool).expand(n, 1)
-        self.observation_spec = Composite(
-            observation=Bounded(0, 255, shape=(n, *self.observation_shape), dtype=torch.uint8),
-            episode=Unbounded(shape=(n,), dtype=torch.int64),
-            step=Unbounded(shape=(n,), dtype=torch.int64),
-            shape=(n,),
-        )
-        self.action_spec = Categorical(self.num_actions, shape=(n,), dtype=torch.int64)
-        self.reward_spec = Unbounded(shape=(n, 1), dtype=torch.float32)
-        self.done_spec = Composite(done=flag, terminated=flag.clone(), truncated=flag.clone(), shape=(n,))
+        self._make: Callable[[], Any] = lambda: _vector_env(game, max_episode_frames)
+        self._reserves: dict[int, Future[tuple[Any, Any]]] = {}
+        self._spare: list[Any] = []
+        super().__init__(game_spec(game), num_envs=num_envs, seed=seed, first_index=first_index)
+        self._games = [self._make() for _ in self.indices]
+        cores = num_threads or len(os.sched_getaffinity(0))
+        # Games are received in order, so that two for each core keep the cores busy when one takes longer.
+        self._at_once = min(num_envs, num_threads or 2 * cores)
+        self._loaders = ThreadPoolExecutor(min(num_envs, cores), "mpdqn-load")
+        self._reserve_loader = ThreadPoolExecutor(1, "mpdqn-reserve")
+
+    def _begin(self, which: NDArray[np.int64], seeds: list[int]) -> NDArray[np.uint8]:
+        stacks = np.zeros((len(self.indices), *self.observation_shape), np.uint8)
+        if len(which) < len(stacks):
+            stacks[:] = self._observation
+        loads = {}
+        for i, seed in zip(which.tolist(), seeds, strict=True):
+            if i in self._reserves:
+                self._spare.append(self._games[i])
+                loads[i] = self._reserves.pop(i)
+            else:
+                loads[i] = self._loaders.submit(_load, self._games[i], seed)
+        for i, load in loads.items():
+            self._games[i], stacks[i] = load.result()
+        return stacks
+
+    def _advance(self, action: NDArray[np.int64]) -> Outcome:
+        n = len(self._games)
+        stacks = np.empty((n, *self.observation_shape), np.uint8)
+        reward, terminated, truncated = np.empty(n, np.float32), np.empty(n, bool), np.empty(n, bool)
+        for i in range(n + self._at_once):
+            if i < n:
+                self._games[i].send(action[i : i + 1])
+            if (j := i - self._at_once) >= 0:
+                (stacks[j],), (reward[j],), (terminated[j],), (truncated[j],), _ = self._games[j].recv()
+        for i in np.flatnonzero(self._step_in_episode == RESERVE_AFTER).tolist():
+            seed = self._episode_seed(i, int(self._episode[i]) + 1)
+            self._reserves[i] = self._reserve_loader.submit(self._load_reserve, seed)
+        return stacks, reward, terminated, truncated
+
+    def _load_reserve(self, seed: int) -> tuple[Any, Any]:
+        return _load(self._spare.pop() if self._spare else self._make(), seed)
 
     def _set_seed(self, seed: int | None) -> None:
-        """Start over: the next reset begins episode 0 of ``seed`` everywhere."""
-        if seed is None:
-            raise ValueError("an AtariEnvironment is always seeded; pass an integer, not None")
-        n = len(self.indices)
-        self._seed = seed
-        self._episode = np.full(n, -1)
-        self._step_in_episode = np.zeros(n, dtype=np.int64)
-        self._over = np.ones(n, dtype=bool)
-
-    def _reset(self, tensordict: Any = None, **_: Any) -> Any:
-        asked = np.ones(len(self.indices), dtype=bool)
-        if tensordict is not None and (mask := tensordict.get("_reset", None)) is not None:
-            asked = mask.reshape(-1).numpy()
-        fresh = (self._episode >= 0) & (self._step_in_episode == 0)
-        asked = asked & ~fresh
-        if asked.any():
-            self._episode[asked] += 1
-            self._step_in_episode[asked] = 0
-            self._over[asked] = False
-            seeds = [self._episode_seed(int(i)) for i in np.flatnonzero(asked)]
-            self._observation = self._games.reset(seed=np.array(seeds), options={"reset_mask": asked})[0]
-        over = self._column(self._over)
-        return TensorDict(
-            # An environment that was over and was not asked keeps its place; TorchRL merges by the mask.
-            self._observed() | {"done": over, "terminated": over.clone(), "truncated": torch.zeros_like(over)},
-            batch_size=self.batch_size,
-            device=self.device,
-        )
-
-    def _step(self, tensordict: Any) -> Any:
-        if self._over.any():
-            over = [self.indices[i] for i in np.flatnonzero(self._over)]
-            raise RuntimeError(f"environments {over} are over or never started; reset them before the next step")
-        action = tensordict["action"].reshape(-1).numpy()
-        self._observation, reward, terminated, truncated, _ = self._games.step(action)
-        self._step_in_episode += 1
-        self._over = terminated | truncated
-        return TensorDict(
-            self._observed()
-            | {
-                "reward": self._column(reward.astype(np.float32)),
-                "done": self._column(self._over),
-                "terminated": self._column(terminated),
-                "truncated": self._column(truncated),
-            },
-            batch_size=self.batch_size,
-            device=self.device,
-        )
-
-    def _observed(self) -> dict[str, Tensor]:
-        # ale-py hands out new memory for each observation, so the tensor may share it; the counters live on.
-        return {
-            "observation": torch.from_numpy(self._observation),
-            "episode": torch.from_numpy(self._episode.copy()),
-            "step": torch.from_numpy(self._step_in_episode.copy()),
-        }
-
-    def _episode_seed(self, i: int) -> int:
-        # ALE takes a C int and reads a negative one as "no new seed".
-        return keyed_seed("environment", self._seed, self.indices[i], int(self._episode[i])) % 2**31
-
-    @staticmethod
-    def _column(values: Any) -> Tensor:
-        return torch.from_numpy(np.array(values)).unsqueeze(-1)
+        super()._set_seed(seed)
+        for load in self._reserves.values():  # of episodes of the old seed
+            self._spare.append(load.result()[0])
+        self._reserves.clear()
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """Stop the threads and free the games."""
         super().close(raise_if_closed=raise_if_closed)
-        self._games = None
+        self._loaders.shutdown()
+        self._reserve_loader.shutdown(cancel_futures=True)
+        self._games, self._spare = [], []
+        self._reserves = {}
+
+
+def _load(game: Any, seed: int) -> tuple[Any, Any]:
+    """Load a game's ROM with a new seed; the game and its first stack [4, 84, 84]. Python's lock is free meanwhile."""
+    return game, game.reset(seed=np.array([seed]))[0][0]

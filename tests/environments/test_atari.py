@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
-from tensordict import TensorDict
 from torchrl.envs.utils import check_env_specs
 
-from mpdqn.environments import FRAMES_PER_ACTION, AtariEnvironment, environment_spec, make_environment
+from mpdqn.environments import (
+    FRAMES_PER_ACTION,
+    AtariEnvironment,
+    EnvironmentSpec,
+    atari,
+    environment_spec,
+    make_environment,
+)
+from mpdqn.randomness import keyed_seed
+
+from .playing import play
 
 
 def random_actions(steps: int, num_envs: int, num_actions: int = 6) -> torch.Tensor:
     return torch.randint(num_actions, (steps, num_envs), generator=torch.Generator().manual_seed(1))
-
-
-def play(environment: AtariEnvironment, actions: torch.Tensor) -> TensorDict:
-    """The transitions [T, N] that ``actions`` [T, N] lead to, with resets where episodes end."""
-    current, steps = environment.reset(), []
-    for action in actions:
-        current["action"] = action
-        transition, current = environment.step_and_maybe_reset(current)
-        steps.append(transition.clone())
-    return torch.stack(steps)
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def environment():
 
 @pytest.mark.parametrize("name", ["pong", "Pong", "ALE/Pong-v5"])
 def test_the_usual_names_of_a_game_are_one_game(name):
-    assert environment_spec(name) == ((4, 84, 84), 6)
+    assert environment_spec(name) == EnvironmentSpec(name="pong", observation_shape=(4, 84, 84), num_actions=6)
 
 
 def test_a_name_of_two_words_is_found():
@@ -161,3 +161,27 @@ def test_reset_twice_is_reset_once_and_a_reset_in_between_begins_the_next_episod
 def test_set_seed_wants_a_number(environment):
     with pytest.raises(ValueError, match="not None"):
         environment.set_seed(None)
+
+
+@pytest.mark.parametrize("reserve_after", [3, 1000])
+def test_the_next_episode_loaded_beside_the_running_one_is_the_same(reserve_after, monkeypatch):
+    """From a game of ale-py's own that is reset with the episodes' seeds, whether a reserve steps in or not."""
+    monkeypatch.setattr(atari, "RESERVE_AFTER", reserve_after)
+    environment = AtariEnvironment("pong", num_envs=2, seed=7, num_threads=1, max_episode_frames=40)
+    actions = random_actions(35, 2)
+    steps = play(environment, actions)
+    assert bool(environment._reserves) == (reserve_after == 3)
+    plain = atari._vector_env("pong", 40)
+    for e in range(2):
+        for t in range(35):
+            if t % 10 == 0:
+                seed = keyed_seed("environment", 7, e, t // 10) % 2**31
+                observation = plain.reset(seed=np.array([seed]))[0]
+            assert np.array_equal(steps["observation"][t, e], observation[0])
+            observation = plain.step(actions[t, e : e + 1].numpy())[0]
+            assert np.array_equal(steps["next", "observation"][t, e], observation[0])
+    environment.set_seed(8)  # what was loaded for seed 7 is not played
+    other = AtariEnvironment("pong", num_envs=2, seed=8, num_threads=1, max_episode_frames=40)
+    assert (play(environment, actions) == play(other, actions)).all()
+    environment.close()
+    other.close()
