@@ -174,7 +174,7 @@ def main(config: Config) -> None:
     if config.smoke:
         config = replace(config, warmup=64)
     # 400 is the batch of TorchRL's collector; 1,024 are 16 steps of 64 games.
-    train_steps, collect_steps = (80, 64) if config.smoke else (400, 1024)
+    train_steps, collect_steps = (80, 512) if config.smoke else (400, 1024)
     collectors = collection(collect_steps)
     with tempfile.TemporaryDirectory() as scratch:
         trainers = training(train_steps, config.warmup, scratch)

@@ -16,7 +16,9 @@ from mpdqn.replay import VirtualShards
 GAME = "pong"
 EPSILON = 0.01
 FRAMES, ACTIONS = (4, 84, 84), 6
-SHARDS, ENVS_PER_SHARD = 8, 8
+SHARDS, ENVS_PER_SHARD = 1, 64
+STEPS = 8  # of every game in a chunk
+TRAINING_ENVS = 32  # one shard of so many games: a network that acts on few frames at a time wastes its convolutions
 BUFFER_SIZE = 10_000
 
 
@@ -35,6 +37,8 @@ def mpdqn_training(*, steps: int, warmup: int) -> Callable[[], None]:
         layout=f"single@{torch.get_num_threads()}",
         batch_size=32,
         replay_period=4,
+        num_shards=1,
+        envs_per_shard=TRAINING_ENVS,
         min_replay=warmup,
         capacity=BUFFER_SIZE,
         frames=10**9,
@@ -57,7 +61,7 @@ def mpdqn_training(*, steps: int, warmup: int) -> Callable[[], None]:
 
 
 def mpdqn_collection(*, steps: int) -> Callable[[], None]:
-    """``steps`` agent steps a call, a multiple of 64: `Actors` with the network's policy, stored in replay."""
+    """``steps`` agent steps a call, a multiple of 512: `Actors` with the network's policy, stored in replay."""
     shards = VirtualShards(
         observation_shape=FRAMES, num_shards=SHARDS, envs_per_shard=ENVS_PER_SHARD, capacity=BUFFER_SIZE, seed=0
     )
@@ -69,10 +73,11 @@ def mpdqn_collection(*, steps: int) -> Callable[[], None]:
         envs_per_shard=ENVS_PER_SHARD,
         epsilon=EPSILON,
         seed=0,
+        steps=STEPS,
     )
 
     def collect() -> None:
-        for _ in range(steps // shards.num_envs):
+        for _ in range(steps // (shards.num_envs * STEPS)):
             actors.play().store(shards)
 
     return collect

@@ -125,8 +125,8 @@ class AtariEnvironment(BatchedEnvironment):
         super().__init__(game_spec(game), num_envs=num_envs, seed=seed, first_index=first_index)
         self._games = [self._make() for _ in self.indices]
         cores = num_threads or len(os.sched_getaffinity(0))
-        # Games are received in order, so that two for each core keep the cores busy when one takes longer.
-        self._at_once = min(num_envs, num_threads or 2 * cores)
+        # All at once, or the cores would wait for one that takes longer: games are received in order.
+        self._at_once = num_threads or num_envs
         self._loaders = ThreadPoolExecutor(min(num_envs, cores), "mpdqn-load")
         self._reserve_loader = ThreadPoolExecutor(1, "mpdqn-reserve")
 
