@@ -29,7 +29,7 @@ from mpdqn.networks import NetworkFunction, load_network
 from mpdqn.plan import RECOMPUTATION
 from mpdqn.records import Environment
 from mpdqn.schedule import SCHEDULES
-from mpdqn.train.config import check_writable
+from mpdqn.train.check import check_writable
 
 
 @dataclass(frozen=True, kw_only=True)

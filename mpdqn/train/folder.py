@@ -25,7 +25,8 @@ from torch import Tensor, nn
 
 from mpdqn.dqn.batch import Batch
 from mpdqn.environments import EnvironmentSpec
-from mpdqn.train.config import TrainConfig, TrainJob, check
+from mpdqn.train.check import check
+from mpdqn.train.config import TrainConfig, TrainJob
 
 CONFIG = "config.json"
 WEIGHTS = "weights.pt"

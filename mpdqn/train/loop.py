@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from mpdqn.actors import Actors, Chunk, Episode
+from mpdqn.actors import Actors, Chunk
 from mpdqn.allocator import keep_freed_memory
 from mpdqn.arrangement import Arrangement
 from mpdqn.cores import pin
@@ -34,42 +33,16 @@ from mpdqn.pipeline.acceleration import Acceleration, candidates, choose_acceler
 from mpdqn.replay import Prefetcher, VirtualShards
 from mpdqn.train.acting import InlineActing, LaggedWeights, RemoteActing, act_remotely
 from mpdqn.train.batches import BatchQueue
-from mpdqn.train.config import TrainConfig, TrainJob, check
+from mpdqn.train.check import check
+from mpdqn.train.config import TrainConfig, TrainJob
 from mpdqn.train.folder import save_batches
+from mpdqn.train.step import NotANumber, TrainStep
 from mpdqn.weights import WeightDelivery
 
 T = TypeVar("T")
 
 ACTING = "acting"
 """What the noise is called with which a noisy network explores."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainStep:
-    """What one round did; the counts are of the whole run so far and the same on every rank.
-
-    ``transitions`` agent steps and ``frames`` environment frames of all environments, ``updates`` of the network, ε at
-    the end of the round. ``losses`` and ``grad_norms`` are scalars, one for each update of this round, the same on
-    every learner rank. ``episodes`` ended in this round on this rank's replica, known to the rank of its first stage,
-    as are ``restarts``. ``actor_lag`` is how many updates behind its first batch the weights were that played it.
-    """
-
-    round: int
-    transitions: int
-    frames: int
-    updates: int
-    epsilon: float
-    losses: tuple[Tensor, ...]
-    grad_norms: tuple[Tensor, ...]
-    episodes: tuple[Episode, ...]
-    restarts: int
-    actor_lag: int
-    late_passes: int
-    bytes_sent: int
-
-
-class NotANumber(FloatingPointError):
-    """The loss of an update is infinite or no number; the same on every rank."""
 
 
 class Trainer:

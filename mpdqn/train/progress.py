@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 
 from mpdqn.actors import Episode
-from mpdqn.train.loop import TrainStep
+from mpdqn.train.step import TrainStep
 
 
 class Progress:

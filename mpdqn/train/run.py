@@ -23,7 +23,8 @@ from mpdqn.launch import launch
 from mpdqn.logs import Logs, open_logs
 from mpdqn.mesh import World, launched
 from mpdqn.records import RECORDS, Record, append_records
-from mpdqn.train.config import TrainConfig, TrainJob, check
+from mpdqn.train.check import check
+from mpdqn.train.config import TrainConfig, TrainJob
 from mpdqn.train.folder import POLICY, new_folder, save_network, write_config
 from mpdqn.train.loop import Trainer
 from mpdqn.train.progress import Progress

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mpdqn.train import TrainConfig
-from mpdqn.train.config import check
+from mpdqn.train.check import check
 
 
 def small(tmp_path: Path, **settings: Any) -> TrainConfig:
@@ -24,6 +24,7 @@ def test_a_good_configuration_becomes_a_job(tmp_path: Path) -> None:
     assert (job.num_ranks, job.num_envs) == (4, 8)
     assert job.num_rounds == 500
     assert job.updates_after(job.num_rounds) == (4_000 - 500) // 4
+    assert job.settings.learning_rate == 2.5e-4  # of MinAtar's configurations, not Atari's
     assert check(small(tmp_path, layout="dp2", actors="workers")).num_ranks == 4
     assert check(small(tmp_path, agent="rainbow", prioritized=False)).settings.prioritization is None
 

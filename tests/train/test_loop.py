@@ -6,10 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import pytest
 import torch
 
 from mpdqn.train import NotANumber, Trainer, TrainStep
+from tests.environments.toy import limited
 from tests.train.settings import small
 
 
@@ -98,6 +100,30 @@ def test_a_run_on_disk_is_the_run_in_memory(tmp_path: Path) -> None:
     assert [s.episodes for s in steps] == [s.episodes for s in mapped]
     assert all(torch.equal(weights[name], same[name]) for name in weights)
     assert any((tmp_path / "replay").rglob("*"))
+
+
+def test_a_simulator_that_dies_is_replaced_and_changes_nothing(tmp_path: Path) -> None:
+    """In the middle of learning, in a worker: counted, and every episode and weight as without."""
+    deadly = tmp_path / "deadly"
+    name = "mpdqn-tests/Deadly-training-v0"
+    gymnasium.registry.pop(name, None)
+    gymnasium.register(name, entry_point=limited, kwargs={"deadly": str(deadly)})
+    settings: dict[str, Any] = {"env": name, "frames": 800, "network": "tests/train/network.py:make_network"}
+
+    def weights(disturbed: bool) -> tuple[list[TrainStep], dict[str, torch.Tensor]]:
+        with Trainer.alone(small(tmp_path, **settings, env_workers=2)) as trainer:
+            steps = []
+            for step in trainer.run():
+                steps.append(step)
+                if disturbed and step.round == 80:
+                    deadly.touch()
+            return steps, {n: t.clone() for n, t in trainer.weights().items()}
+
+    (calm, expected), (killed, found) = weights(False), weights(True)
+    assert (calm[-1].restarts, killed[-1].restarts) == (0, 1)
+    assert not deadly.exists()
+    assert [s.episodes for s in calm] == [s.episodes for s in killed]
+    assert all(torch.equal(expected[n], found[n]) for n in expected)
 
 
 def test_a_layout_of_several_ranks_is_not_run_alone(tmp_path: Path) -> None:
