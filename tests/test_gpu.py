@@ -69,6 +69,9 @@ def test_layout_computes_what_the_single_process_computes(case: Case, gpu: dict[
     assert violations(case, gpu[case]) == []
 
 
+MPDQN_TRAIN = [sys.executable, "-m", "mpdqn", "train", "--env", "minatar-breakout", "--smoke", "--frames", "1200"]
+
+
 @pytest.mark.timeout(600)
 def test_the_main_job_on_the_gpu(tmp_path: Path) -> None:
     done = subprocess.run(
@@ -90,3 +93,28 @@ def test_the_main_job_on_the_gpu(tmp_path: Path) -> None:
     }
     assert all(record.values["gradient_error"] < 5e-5 for record in records)  # type: ignore[operator]
     assert torch.cuda.get_device_name() in (folder / "table.md").read_text()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--layout", "single@1"],
+        ["--layout", "pp2-1f1b+stacked/m2", "--precision", "bf16", "--compile", "off"],
+        ["--layout", "single@1", "--actor-lag", "1", "--prefetch", "1", "--agent", "rainbow", "--compile", "off"],
+    ],
+)
+def test_training_on_the_gpu(flags: list[str], tmp_path: Path) -> None:
+    done = subprocess.run(
+        [*MPDQN_TRAIN, "--device", "cuda", "--out", str(tmp_path), *flags],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.iterdir()
+    assert (folder / "policy.pt2").exists()
+    (record,) = read_records(folder / RECORDS)
+    assert record.settings["device"] == "cuda"
+    assert record.settings["precision"]

@@ -93,7 +93,8 @@ def choose_acceleration(tried: Sequence[Acceleration], network: nn.Module, examp
 
 
 def _seconds(acceleration: Acceleration, network: nn.Module, example: Tensor, repeats: int = 15) -> float:
-    acceleration.set_products()
+    if example.device.type == "cuda":
+        acceleration.set_products()
     module = acceleration.apply(network, example.device, torch.float32)
     times = []
     for _ in range(3 + repeats):

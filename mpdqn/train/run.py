@@ -201,6 +201,7 @@ class _Session:
                 "prefetch": config.prefetch,
                 "device": config.device,
                 "dtype": config.dtype,
+                "precision": str(self._trainer.acceleration),
             },
             values={
                 "frames": job.frames_after(job.num_rounds),
