@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
@@ -21,10 +22,16 @@ def pin(cores: list[int], share: int, rank: int) -> None:
     torch.set_num_threads(share)
     # Threads that the process started earlier (OpenMP's, gloo's) keep their own affinity: move each of them.
     for thread in Path("/proc/self/task").iterdir():
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it ended meanwhile
             os.sched_setaffinity(int(thread.name), own)
-        except ProcessLookupError:  # it ended meanwhile
-            continue
+
+
+def restore(cores: set[int], threads: int) -> None:
+    """Undo `pin`: give this process, with all the threads that it has, ``cores`` and torch ``threads`` threads."""
+    torch.set_num_threads(threads)
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread.name), cores)
 
 
 def reset_peak_memory(device: torch.device) -> None:

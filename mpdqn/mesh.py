@@ -147,26 +147,48 @@ class World:
             self._groups[key] = _new_group(key[0], self.timeout, backend)
         return self._groups[key]
 
-    def message_group(self, kind: str, backend: str | None = None) -> dist.ProcessGroup:
-        """The process group, over the whole world, of point-to-point messages of ``kind``. Collective."""
+    def message_group(self, kind: str, backend: str | None = None, *, patient: bool = False) -> dist.ProcessGroup:
+        """The process group, over the whole world, of point-to-point messages of ``kind``. Collective.
+
+        ``patient`` as in `send`.
+        """
         if kind not in self._message_groups:
-            self._message_groups[kind] = _new_group(range(self.size), self.timeout, backend)
+            limit = LOBBY if patient else self.timeout
+            self._message_groups[kind] = _new_group(range(self.size), limit, backend)
         return self._message_groups[kind]
 
-    def send(self, tensor: Tensor, to: int, group: dist.ProcessGroup, complaint: str) -> Message:
+    def meeting(self, ranks: Sequence[int]) -> dist.ProcessGroup:
+        """A gloo group of ``ranks`` that may wait there for each other's work for long, as in the lobby. Collective."""
+        key = (tuple(ranks), "meeting")
+        if key not in self._groups:
+            self._groups[key] = _new_group(key[0], LOBBY, "gloo")
+        return self._groups[key]
+
+    def send(
+        self, tensor: Tensor, to: int, group: dist.ProcessGroup, complaint: str, *, patient: bool = False
+    ) -> Message:
         """Start sending ``tensor`` (dense) to rank ``to`` in a message group; keep the message until it was waited for.
 
-        ``complaint`` is how a `PeerLost` begins.
+        ``complaint`` is how a `PeerLost` begins. A ``patient`` message waits for as long as a healthy peer may work
+        (`LOBBY`); one that died still ends it at once.
         """
         # A rank of the world has the same number in a message group. dist.isend looks that up for every message.
-        return self.start(lambda: group.send([tensor], to, 0), tensor, group, complaint)
+        return self.start(lambda: group.send([tensor], to, 0), tensor, group, complaint, patient=patient)
 
-    def receive(self, buffer: Tensor, source: int, group: dist.ProcessGroup, complaint: str) -> Message:
+    def receive(
+        self, buffer: Tensor, source: int, group: dist.ProcessGroup, complaint: str, *, patient: bool = False
+    ) -> Message:
         """Start receiving into ``buffer`` (dense) from rank ``source`` in a message group."""
-        return self.start(lambda: group.recv([buffer], source, 0), buffer, group, complaint)
+        return self.start(lambda: group.recv([buffer], source, 0), buffer, group, complaint, patient=patient)
 
     def start(
-        self, post: Callable[[], dist.Work | None], tensor: Tensor, group: dist.ProcessGroup, complaint: str
+        self,
+        post: Callable[[], dist.Work | None],
+        tensor: Tensor,
+        group: dist.ProcessGroup,
+        complaint: str,
+        *,
+        patient: bool = False,
     ) -> Message:
         """The message that ``post`` starts.
 
@@ -174,7 +196,7 @@ class World:
             PeerLost: if the peer is known to be gone.
         """
         try:
-            return Message(post(), tensor, group, complaint, self.timeout)
+            return Message(post(), tensor, group, complaint, LOBBY if patient else self.timeout)
         except RuntimeError as error:
             if not tells_of_lost_peer(error):
                 raise
@@ -211,7 +233,8 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:  # after an error the peers may be gone, and leaving in good order would wait for them
+        # After an error the peers may be gone, and leaving in good order would wait for them.
+        if error is None or self.size == 1:
             self.close()
 
 

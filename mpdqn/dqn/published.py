@@ -207,6 +207,49 @@ def published(name: str) -> Published:
     return SETTINGS[name]()
 
 
+def brought_to(settings: Published, environment: str, field: str) -> Published:
+    """``settings`` as they are on Atari, brought to another environment by its name and field.
+
+    Robot control is left as it is: `decqn` was published there.
+    """
+    if environment.startswith("minatar"):
+        return minatar(settings)
+    if field == "driving":
+        return car_racing(settings) if environment.startswith("car-racing") else highway(settings)
+    return settings
+
+
+def highway(settings: Published) -> Published:
+    """``settings`` brought to highway-env, whose simulators make tens of decisions a second, not thousands.
+
+    As in its authors' example of DQN on pictures (Leurent 2018, ``sb3_highway_dqn_cnn``): γ 0.8, an update for every
+    decision after the first 200, a target copied every 50, 15,000 transitions, Adam at 5e-4, ε down to 0.05 over
+    70,000.
+    """
+    return replace(
+        settings,
+        discount=0.8,
+        learning_rate=5e-4,
+        target_period=50,
+        replay_period=1,
+        min_replay=200,
+        capacity=15_000,
+        epsilon=replace(settings.epsilon, end=min(settings.epsilon.start, 0.05), decay_frames=70_000),
+        clip_rewards=False,
+    )
+
+
+def car_racing(settings: Published) -> Published:
+    """``settings`` brought to CarRacing, for which nothing is published: Atari's, over a tenth of the steps."""
+    return replace(
+        settings,
+        min_replay=2_000,
+        capacity=100_000,
+        target_period=max(1, settings.target_period // 10),
+        epsilon=replace(settings.epsilon, decay_frames=settings.epsilon.decay_frames // 10),
+    )
+
+
 def minatar(settings: Published) -> Published:
     """``settings`` brought to MinAtar, as Dopamine's MinAtar configurations change those of Atari.
 

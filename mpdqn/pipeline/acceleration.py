@@ -8,6 +8,7 @@ bf16       autocast: products, convolutions and what lies between them in bfloat
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -86,7 +87,13 @@ def choose_acceleration(tried: Sequence[Acceleration], network: nn.Module, examp
         return tried[0]
     best, least = tried[0], float("inf")
     for acceleration in tried:
-        seconds = _seconds(acceleration, network, example)
+        try:
+            seconds = _seconds(acceleration, network, example)
+        except Exception as error:  # no compiler, too little memory, a layer that it cannot take
+            if acceleration == tried[0]:
+                raise
+            warnings.warn(f"{acceleration} failed and is not used: {' '.join(str(error).split())[:200]}", stacklevel=2)
+            continue
         if seconds * WORTH < least or least == float("inf"):
             best, least = acceleration, seconds
     return best

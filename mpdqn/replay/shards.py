@@ -117,6 +117,11 @@ class VirtualShards:
         return sum(shard.num_inserted for shard in self._shards.values())
 
     @property
+    def prioritized(self) -> bool:
+        """Whether TD errors that are returned change what is drawn."""
+        return self._prioritization is not None
+
+    @property
     def num_envs(self) -> int:
         """V·E, the environments of all processes together."""
         return self.num_shards * self.envs_per_shard

@@ -81,6 +81,11 @@ class InlineActing:
         chunk, self._chunk = self._chunk.result(), None
         return chunk
 
+    def settle(self) -> None:
+        """Wait until the chunk that was started is played, so that nothing else of this process runs beside it."""
+        if self._chunk is not None:
+            self._chunk.exception()
+
     def close(self) -> None:
         """Wait for the running chunk and stop the games."""
         self._thread.shutdown()
@@ -92,7 +97,7 @@ class RemoteActing:
 
     def __init__(self, world: World, source: int, example: Chunk, environments: range) -> None:
         self._world, self._source, self._example, self._environments = world, source, example, environments
-        self._group = world.message_group(TRANSITIONS, "gloo")
+        self._group = world.message_group(TRANSITIONS, "gloo", patient=True)
 
     def deliver(self, weights: Mapping[str, Tensor] | None) -> None:
         """Nothing: each stage sends its own weights."""
@@ -106,7 +111,9 @@ class RemoteActing:
         steps, n = self._example.reward.shape
         buffers = [torch.empty_like(t) for t in _tensors(self._example).values()]
         buffers += [torch.empty(steps, n, 2, dtype=torch.float64), torch.empty(2, dtype=torch.int64)]
-        messages = [self._world.receive(buffer, self._source, self._group, complaint) for buffer in buffers]
+        messages = [
+            self._world.receive(buffer, self._source, self._group, complaint, patient=True) for buffer in buffers
+        ]
         for message in messages:
             message.wait()
         *tensors, ended, counts = buffers
@@ -115,6 +122,9 @@ class RemoteActing:
             episodes=_episodes(ended, int(counts[0]), self._environments),
             restarts=int(counts[1]),
         )
+
+    def settle(self) -> None:
+        """Nothing: the acting rank is another process."""
 
     def close(self) -> None:
         """Nothing: the acting rank closes its own."""
@@ -138,7 +148,7 @@ def act_remotely(
 
     After a round that ``pauses``, for an evaluation, it waits with all ranks where there is time.
     """
-    group = world.message_group(TRANSITIONS, "gloo")
+    group = world.message_group(TRANSITIONS, "gloo", patient=True)
     complaint = f"acting rank {world.rank} could not send transitions to rank {owner}"
     for r in range(num_rounds):
         # With a lag, chunk r is played while round r − 1 learns: what was due before that round is delivered first.
@@ -156,7 +166,7 @@ def act_remotely(
         outgoing = [*_tensors(chunk).values(), ended, torch.tensor([first_step, chunk.restarts])]
         if r and pauses(r - 1) and lag:  # this chunk was asked for before the pause
             world.barrier()
-        messages = [world.send(t.contiguous(), owner, group, complaint) for t in outgoing]
+        messages = [world.send(t.contiguous(), owner, group, complaint, patient=True) for t in outgoing]
         for message in messages:
             message.wait()
     if pauses(num_rounds - 1):

@@ -39,6 +39,7 @@ class BatchQueue:
     ) -> None:
         self._shards, self._batch_size, self._agree = shards, batch_size, agree
         self._lookahead, self._prefetch, self._prefetcher = lookahead, prefetch, prefetcher
+        self._prioritized = shards.prioritized
         self._ready: deque[Batch] = deque()
         self._under_way = False
 
@@ -53,8 +54,10 @@ class BatchQueue:
         return self._ready[0], self._ready[1] if self._lookahead else None
 
     def learned(self, batch: Batch, step: LearnStep) -> None:
-        """Give the errors of an update back to the shards; its batch leaves the queue."""
+        """Give the errors of an update back to shards that prioritise; its batch leaves the queue."""
         self._ready.popleft()
+        if not self._prioritized:  # on a GPU, to fetch them holds the host
+            return
         assert step.td_errors is not None
         self._shards.return_td_errors(batch.index.cpu(), step.td_errors.cpu())
 

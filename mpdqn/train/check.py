@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from mpdqn.dqn.prioritization import Prioritization
-from mpdqn.dqn.published import Published, minatar, published
+from mpdqn.dqn.published import Published, brought_to, published
 from mpdqn.environments import EnvironmentSpec, environment_spec
 from mpdqn.launch import check_port
 from mpdqn.layouts import Layout
@@ -21,6 +21,9 @@ from mpdqn.plan import RECOMPUTATION
 from mpdqn.records import Environment
 from mpdqn.schedule import SCHEDULES
 from mpdqn.train.config import TrainConfig, TrainJob
+
+PRECISIONS, KERNELS = ("float32", "tf32", "bf16", "auto"), ("auto", "on", "off")
+DTYPES = ("float32", "float64")
 
 
 def check(config: TrainConfig) -> TrainJob:
@@ -44,6 +47,11 @@ def check(config: TrainConfig) -> TrainJob:
         raise ValueError("precision tf32 is CUDA's, and --device is cpu; use float32 or bf16")
     if not config.timeout > 0:
         raise ValueError(f"timeout is {config.timeout} s but must be above 0")
+    for name, choices in (("precision", PRECISIONS), ("compile", KERNELS), ("dtype", DTYPES)):
+        if getattr(config, name) not in choices:
+            raise ValueError(
+                f"unknown {name} {getattr(config, name)!r}; choose {', '.join(choices[:-1])} or {choices[-1]}"
+            )
     check_device(config.device)
     spec = environment_spec(config.env)
     settings = _settings(config, spec)
@@ -63,6 +71,13 @@ def check(config: TrainConfig) -> TrainJob:
         cores=cores,
         environment=Environment.current(f"{devices} × {torch.cuda.get_device_name()}" if devices else ""),
     )
+    per_round = job.frames_after(1)
+    if per_round > config.frames:
+        raise ValueError(
+            f"a round of {job.num_envs} environments × {config.round_steps} steps is {per_round} frames but only "
+            f"{config.frames} are to be played; lower --round-steps or raise --frames"
+        )
+    job = replace(job, settings=_annealed(job))
     _check_replay(job)
     _check_ranks(job, devices)
     _check_network(job)
@@ -74,14 +89,19 @@ def check(config: TrainConfig) -> TrainJob:
         )
     check_logs(wandb=config.wandb)
     check_writable(config.out)
+    if config.replay_dir is not None:
+        check_writable(config.replay_dir, "--replay-dir")
+        held = [path for path in config.replay_dir.glob("shard-*") if not path.is_dir() or any(path.iterdir())]
+        if held:
+            raise ValueError(
+                f"--replay-dir {config.replay_dir} already holds {held[0].name}; delete it or choose another"
+            )
     return job
 
 
 def _settings(config: TrainConfig, spec: EnvironmentSpec) -> Published:
     """The agent's published settings, MinAtar's there, with what the configuration says otherwise."""
-    base = published(config.agent)
-    if spec.name.startswith("minatar"):
-        base = minatar(base)
+    base = brought_to(published(config.agent), spec.name, spec.field)
     positive = ["n_step", "batch_size", "learning_rate", "replay_period", "capacity", "target_period", "target_tau"]
     names = [*positive, "min_replay", "evaluation_epsilon"]
     given: dict[str, Any] = {name: getattr(config, name) for name in names if getattr(config, name) is not None}
@@ -91,11 +111,31 @@ def _settings(config: TrainConfig, spec: EnvironmentSpec) -> Published:
     switches = {name: value for name in ("double", "dueling", "noisy") if (value := getattr(config, name)) is not None}
     if switches:
         given["agent"] = replace(base.agent, **switches)
+    if config.noisy is False and not base.epsilon.start:  # else nothing would explore
+        base = replace(base, epsilon=brought_to(published("dqn"), spec.name, spec.field).epsilon)
     if config.prioritized is not None:
         given["prioritization"] = (base.prioritization or Prioritization()) if config.prioritized else None
+    for name, value in given.items():
+        if name in ("target_tau", "evaluation_epsilon") and not 0 <= value <= 1:
+            raise ValueError(f"{name} is {value} but must be between 0 and 1")
     if config.epsilon_decay_frames is not None:
+        if base.epsilon.start == base.epsilon.end:
+            warnings.warn(
+                f"epsilon_decay_frames={config.epsilon_decay_frames} has no effect: the ε of agent {config.agent} is "
+                f"{base.epsilon.end:g} from the start",
+                stacklevel=3,
+            )
         given["epsilon"] = replace(base.epsilon, decay_frames=config.epsilon_decay_frames)
     return replace(base, **given)
+
+
+def _annealed(job: TrainJob) -> Published:
+    """The settings with a β that reaches 1 at the end of this run, where the paper lets it rise over the run."""
+    priorities = job.settings.prioritization
+    if priorities is None or not priorities.beta_updates:
+        return job.settings
+    updates = max(1, job.updates_after(job.num_rounds))
+    return replace(job.settings, prioritization=replace(priorities, beta_updates=updates))
 
 
 def _check_actions(config: TrainConfig, settings: Published, spec: EnvironmentSpec) -> None:
@@ -156,7 +196,7 @@ def _check_ranks(job: TrainJob, devices: int) -> None:
 
 
 def _check_network(job: TrainJob) -> None:
-    chain = job.make_network()
+    chain = job.make_network(warn=True)
     trained = sum(any(p.requires_grad for p in layer.parameters()) for layer in chain)
     if job.layout.parallelism.num_stages > trained:
         raise ValueError(
@@ -165,12 +205,12 @@ def _check_network(job: TrainJob) -> None:
         )
 
 
-def check_writable(out: Path) -> None:
-    """Raise ValueError unless files can be made in the folder ``out``, which is made if it is not there."""
+def check_writable(out: Path, flag: str = "--out") -> None:
+    """Raise ValueError unless files can be made in the folder ``out`` of ``flag``; it is made if it is not there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         probe = out / f".writable-{os.getpid()}"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ValueError(f"--out {out} cannot be written ({error.strerror}); choose another folder") from error
+        raise ValueError(f"{flag} {out} cannot be written ({error.strerror}); choose another folder") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass, fields, replace
+import warnings
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,8 +17,10 @@ from mpdqn.dqn.published import Published
 from mpdqn.environments import EnvironmentSpec
 from mpdqn.layouts import Layout
 from mpdqn.networks import load_network, set_memory_format
-from mpdqn.records import Environment
+from mpdqn.records import Environment, Value
 from mpdqn.replay.limiter import RateLimiter
+
+Plain = float | int | str | bool | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,21 +189,42 @@ class TrainJob:
     def _crosses(self, r: int, every: int) -> bool:
         return every > 0 and self.frames_after(r + 1) // every > self.frames_after(r) // every
 
+    def record_settings(self) -> dict[str, Value]:
+        """Everything that makes this run what it is, flat: runs that agree in it are seeds of one line."""
+        incidental = ("seed", "out", "port", "timeout", "wandb", "smoke", "replay_dir", "env_workers", "log_every")
+        chosen = {name: value for name, value in asdict(self.config).items() if name not in incidental}
+        settings = asdict(self.settings)
+        agent, priorities, epsilon = settings.pop("agent"), settings.pop("prioritization"), settings.pop("epsilon")
+        nested = {
+            **{f"agent_{name}": value for name, value in agent.items()},
+            **{f"priority_{name}": value for name, value in (priorities or {}).items()},
+            **{f"epsilon_{name}": value for name, value in epsilon.items()},
+        }
+        merged = chosen | settings | nested | {"network": self.network_name, "layout": self.layout.name}
+        # What has parts of its own, such as a distribution, stands as text.
+        return {name: value if isinstance(value, Plain) else json.dumps(value) for name, value in merged.items()}
+
     @property
     def network_name(self) -> str:
         """The zoo's name or the file of the network."""
         return self.config.network or default_network(self.spec)
 
-    def make_network(self) -> nn.Sequential:
-        """The network on the CPU, with the same weights on every call and every rank."""
-        network = load_network(
-            self.network_name,
-            self.spec.observation_shape,
-            self.spec.num_actions,
-            width=self.config.width,
-            seed=self.config.seed,
-            **self.agent.head_options(self.spec.branches),
-        ).to(dtype=getattr(torch, self.config.dtype))
+    def make_network(self, *, warn: bool = False) -> nn.Sequential:
+        """The network on the CPU, with the same weights on every call and every rank.
+
+        ``warn`` lets it warn of options without effect, as `check` has it do once.
+        """
+        with warnings.catch_warnings():
+            if not warn:
+                warnings.filterwarnings("ignore", ".* has no effect on")
+            network = load_network(
+                self.network_name,
+                self.spec.observation_shape,
+                self.spec.num_actions,
+                width=self.config.width,
+                seed=self.config.seed,
+                **self.agent.head_options(self.spec.branches),
+            ).to(dtype=getattr(torch, self.config.dtype))
         # Measured once for all: channels_last nearly halves IMPALA's step on a CPU, is what cuDNN wants, and costs the
         # others nothing. A format that is measured anew in every run would make runs differ by their rounding.
         set_memory_format(network, "channels_last")

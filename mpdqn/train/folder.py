@@ -3,16 +3,18 @@
 results/train/20261123-101500-pong-rainbow-s0/
   config.json        the configuration, the agent's settings, the layout's plan
   environment.json   commit, versions, hardware, command
-  progress.csv       a row every log_every frames; the same in events.out.tfevents.* for TensorBoard
-  records.jsonl      the run's evaluations and its end, as records
+  progress.csv       a row every log_every frames, evaluations among them
+  tensorboard/       the same for TensorBoard
+  records.jsonl      the run as a record, with its settings and its last evaluation
   weights.pt         the online network's state_dict
-  policy.pt2         the same network, exported: torch.export.load needs no mpdqn
+  policy.pt2         the same network as action values, exported: torch.export.load needs no mpdqn
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import pickle
 import re
 import warnings
 from dataclasses import asdict, dataclass, fields
@@ -23,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpdqn.dqn.acting import ActionValues
+from mpdqn.dqn.agents import Agent
 from mpdqn.dqn.batch import Batch
 from mpdqn.environments import EnvironmentSpec
 from mpdqn.train.check import check
@@ -60,14 +64,28 @@ def write_config(folder: Path, job: TrainJob, plan: dict[str, Any]) -> None:
     (folder / "environment.json").write_text(json.dumps(asdict(job.environment), indent=1) + "\n")
 
 
-def save_network(folder: Path, network: nn.Sequential, spec: EnvironmentSpec) -> None:
-    """Write ``weights.pt``, a plain state_dict, and ``policy.pt2``, the network exported for any batch size."""
+def save_weights(folder: Path, weights: dict[str, Tensor]) -> None:
+    """Write ``weights.pt``, a plain state_dict."""
+    torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+
+
+def save_policy(folder: Path, network: nn.Sequential, agent: Agent, spec: EnvironmentSpec) -> None:
+    """Write ``policy.pt2``: from frames to expected action values, whatever the agent learns, for any batch size.
+
+    Warns:
+        UserWarning: if torch cannot export the network, which only one's own can bring about; there is no file then.
+    """
     # contiguous: the archive's own reading looks for such tensors
-    network = network.cpu().to(memory_format=torch.contiguous_format).eval()
-    torch.save(network.state_dict(), folder / WEIGHTS)
+    policy = ActionValues(network.cpu().to(memory_format=torch.contiguous_format), agent).eval()
     frames = torch.zeros((2, *spec.observation_shape), dtype=torch.uint8)
-    program = torch.export.export(network, (frames,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-    torch.export.save(program, folder / POLICY)
+    try:
+        program = torch.export.export(policy, (frames,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+        torch.export.save(program, folder / POLICY)
+    except Exception as error:  # a finished run must not fail for it
+        line = " ".join(str(error).split())[:200]
+        warnings.warn(
+            f"the network could not be exported to {POLICY} ({line}); {WEIGHTS} has its weights", stacklevel=2
+        )
 
 
 def save_batches(folder: Path, rank: int, update: int, batches: list[Batch], weights: dict[str, Tensor]) -> Path:
@@ -96,18 +114,25 @@ def load_run(folder: Path) -> Run:
     try:
         about = json.loads((folder / CONFIG).read_text())
         state = torch.load(folder / WEIGHTS, weights_only=True)
-    except (OSError, json.JSONDecodeError) as error:
+        strange = sorted(set(about["config"]) - {field.name for field in fields(TrainConfig)})
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
         raise ValueError(
             f"{folder} is no finished training run: {error}; give the folder that a run printed"
         ) from error
-    known = {field.name: field for field in fields(TrainConfig)}
-    strange = sorted(set(about["config"]) - set(known))
     if strange:
         raise ValueError(f"{folder / CONFIG} has unknown settings {strange}; it is of another version of mpdqn")
     values = {name: value for name, value in about["config"].items()}
     values |= {"out": folder.parent, "replay_dir": None}
     # Where it ran says nothing about the network: load on one process, whatever the layout was.
-    here = {"layout": "single@all", "device": "cpu", "actors": "inline", "wandb": False, "port": 0}
+    here = {
+        "layout": "single@all",
+        "device": "cpu",
+        "actors": "inline",
+        "wandb": False,
+        "port": 0,
+        "precision": "auto",
+        "compile": "auto",
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the run itself has warned of
         job = check(TrainConfig(**values | here))

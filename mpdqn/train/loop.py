@@ -11,6 +11,7 @@ Every decision is a function of counts, so that all ranks take it alike without 
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from mpdqn.actors import Actors, Chunk
 from mpdqn.allocator import keep_freed_memory
 from mpdqn.arrangement import Arrangement
-from mpdqn.cores import pin
+from mpdqn.cores import pin, restore
 from mpdqn.dqn.batch import Batch
 from mpdqn.learner import Learner, LearnerConfig, gather_by_name
 from mpdqn.mesh import Mesh, World
@@ -60,7 +61,9 @@ class Trainer:
         self.world, self.job, self.folder = world, job, folder
         self._stack = ExitStack()
         network = job.make_network()
-        pin(list(job.cores), job.layout.threads, world.rank)
+        self._cores, self._threads = os.sched_getaffinity(0), torch.get_num_threads()
+        acts_only = world.rank >= job.layout.ranks
+        pin(list(job.cores), 1 if acts_only else job.layout.threads, world.rank)
         self.arrangement = arrange(job, network)
         plan = self.arrangement.plans[0]
         mesh = Mesh(world, plan, job.agent.letters)
@@ -70,7 +73,7 @@ class Trainer:
         self._acting_ranks = [job.layout.ranks + r for r in range(d)] if remote else owners
         self._delivery = WeightDelivery(world, plan, network, self._acting_ranks)
         owners_group = world.group(owners, "gloo")
-        self._learners = world.group(plan.ranks, "gloo")
+        self._learners = world.meeting(plan.ranks)
         self.acceleration = self._accelerate(network)
         self.learner: Learner | None = None
         self.shards: VirtualShards | None = None
@@ -260,7 +263,14 @@ class Trainer:
                 self._deliver(learner, r)
                 if self._acting is not None:
                     self._acting.start()
+            if job.updates_after(r + 1) > job.updates_after(r):
+                self._meet()
             yield self._learn(learner, r, chunk)
+
+    def _meet(self) -> None:
+        """Wait for all learner ranks where there is time: one may be playing, for longer than a message waits."""
+        if dist.get_world_size(self._learners) > 1:
+            dist.barrier(self._learners)
 
     def _due(self, r: int) -> bool:
         """Whether the weights have changed in the round before ``r``."""
@@ -287,15 +297,16 @@ class Trainer:
             if self._queue is not None:
                 batch, upcoming = self._queue.batches(update)
             step = learner.learn(batch, upcoming)
-            if self._queue is not None and batch is not None:
-                self._queue.learned(batch, step)
-                batches.append(batch)
             losses.append(step.loss)
             norms.append(step.grad_norm)
+            if batch is not None:
+                batches.append(batch)
+            if self._looks_at_once:
+                self._check_numbers(learner, losses, norms, batches)
+            if self._queue is not None and batch is not None:
+                self._queue.learned(batch, step)
             late, sent = late + step.late_passes, sent + step.bytes_sent
-        # Once a round: on a GPU each look at a loss holds the host.
-        if losses and not bool(torch.stack([*losses, *norms]).isfinite().all()):
-            self._fail(learner, losses, norms, batches)
+        self._check_numbers(learner, losses, norms, batches)
         settings = job.settings
         return TrainStep(
             round=r,
@@ -312,13 +323,23 @@ class Trainer:
             bytes_sent=sent,
         )
 
-    def _fail(self, learner: Learner, losses: list[Tensor], norms: list[Tensor], batches: list[Batch]) -> None:
+    @property
+    def _looks_at_once(self) -> bool:
+        """Whether each loss is looked at: on a GPU that holds the host, but priorities are fetched there anyway."""
+        return self.world.device.type == "cpu" or self.job.settings.prioritization is not None
+
+    def _check_numbers(self, learner: Learner, losses: list[Tensor], norms: list[Tensor], batches: list[Batch]) -> None:
+        """End the run, on every rank, if one of a round's losses or norms so far is no number."""
+        if not losses or bool(torch.stack([*losses, *norms]).isfinite().all()):
+            return
         bad = next(i for i, (a, b) in enumerate(zip(losses, norms, strict=True)) if not (a + b).isfinite())
         update = learner.update - len(losses) + bad + 1
         where = ""
         if self.folder is not None and batches:
-            path = save_batches(self.folder, self.world.rank, update, batches[bad:], dict(learner.named_parameters()))
-            where = f"; its batch and the weights are in {path}"
+            save_batches(self.folder, self.world.rank, update, batches[bad:], dict(learner.named_parameters()))
+        if self.folder is not None:
+            where = f"; its batch and the weights after it are in {self.folder}/failed-update-{update}-rank*.pt"
+        self._meet()  # the first rank that raises ends the others, which may still be writing
         raise NotANumber(
             f"update {update} has loss {losses[bad].item()} and gradient norm {norms[bad].item()}{where}; "
             "look at rewards and learning_rate"
@@ -331,6 +352,8 @@ class Trainer:
         """
         if self.learner is None:
             return {}
+        if self._acting is not None:
+            self._acting.settle()
         state = {name: t for stage in self.learner.stages for name, t in stage.online.state_dict().items()}
         return gather_by_name(self.learner, state)
 
@@ -349,6 +372,7 @@ class Trainer:
         elif self.learner is None:
             self._actors.close()
         self._stack.close()
+        restore(self._cores, self._threads)
 
 
 def arrange(job: TrainJob, network: nn.Sequential) -> Arrangement:

@@ -27,6 +27,10 @@ class Progress:
         """Take one round."""
         self._steps.append(step)
 
+    def resume(self) -> None:
+        """Begin to count the time anew: what was done since the last row, such as an evaluation, is no training."""
+        self._begin = time.perf_counter()
+
     def take(self) -> tuple[list[Episode], int]:
         """The episodes that ended on this rank since the row before, and its environments' restarts so far."""
         return [e for step in self._steps for e in step.episodes], self._steps[-1].restarts

@@ -25,9 +25,12 @@ from mpdqn.mesh import World, launched
 from mpdqn.records import RECORDS, Record, append_records
 from mpdqn.train.check import check
 from mpdqn.train.config import TrainConfig, TrainJob
-from mpdqn.train.folder import POLICY, new_folder, save_network, write_config
+from mpdqn.train.folder import POLICY, new_folder, save_policy, save_weights, write_config
 from mpdqn.train.loop import Trainer
 from mpdqn.train.progress import Progress
+
+MOST_FRAMES = 108_000
+"""Frames after which an evaluation episode is cut short, as Atari's are: a greedy policy may stand still for ever."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,7 +132,10 @@ class _Session:
                 if evaluates or job.logs_after(step.round):
                     row = self._row(progress)
                     if evaluates:
+                        begun = time.perf_counter()
                         row |= self._evaluate()
+                        progress.resume()
+                        begin += time.perf_counter() - begun
                     if logs is not None:
                         logs.write(step.frames, row)
                         bar.set_postfix_str(_postfix(row))
@@ -156,6 +162,7 @@ class _Session:
         job, world = self._job, self._trainer.world
         weights = self._trainer.weights()
         if self._first:
+            save_weights(self._folder, weights)  # whatever may happen in the evaluation
             network = job.make_network()
             network.load_state_dict(weights)
             self._evaluation = evaluate(
@@ -166,6 +173,8 @@ class _Session:
                 seed=job.config.seed,
                 greedy=job.agent.greedy,
                 device=world.device,
+                max_steps=MOST_FRAMES // job.spec.frames_per_action,
+                workers=job.config.env_workers,
             )
         world.barrier()
         if self._evaluation is None:
@@ -177,9 +186,7 @@ class _Session:
         job, weights = self._job, self._trainer.weights()
         if not self._first:
             return
-        network = job.make_network()
-        network.load_state_dict(weights)
-        save_network(self._folder, network, job.spec)
+        save_weights(self._folder, weights)
         last = next((row for row in reversed(self._rows) if "mean_return" in row), {})
         returns = self._evaluation.returns if self._evaluation is not None else ()
         config = job.config
@@ -188,21 +195,7 @@ class _Session:
             row=f"{config.env} {config.agent}",
             round=0,
             seed=config.seed,
-            settings={
-                "environment": config.env,
-                "agent": config.agent,
-                "network": job.network_name,
-                "layout": job.layout.name,
-                "batch_size": job.settings.batch_size,
-                "num_shards": config.num_shards,
-                "actor_lag": config.actor_lag,
-                "actors": config.actors,
-                "lookahead": config.lookahead,
-                "prefetch": config.prefetch,
-                "device": config.device,
-                "dtype": config.dtype,
-                "precision": str(self._trainer.acceleration),
-            },
+            settings=job.record_settings() | {"precision": str(self._trainer.acceleration)},
             values={
                 "frames": job.frames_after(job.num_rounds),
                 "updates": job.updates_after(job.num_rounds),
@@ -215,6 +208,9 @@ class _Session:
             environment=job.environment,
         )
         append_records(self._folder / RECORDS, [record])
+        network = job.make_network()
+        network.load_state_dict(weights)
+        save_policy(self._folder, network, job.agent, job.spec)
 
 
 def _postfix(row: Mapping[str, float]) -> str:

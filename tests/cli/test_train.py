@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from mpdqn.dqn.published import published
 from mpdqn.logs import read_progress
 from mpdqn.records import RECORDS, read_records
 from tests.cli.processes import END_S, MPDQN, assert_nothing_left, end, processes_of, run, run_folder, start, wait_for
@@ -53,7 +54,10 @@ def test_train_then_evaluate_then_draw(tmp_path: Path) -> None:
     from mpdqn.train import load_run
 
     network = load_run(folder).network
-    torch.testing.assert_close(torch.load(folder / "y"), network(frames), rtol=1e-5, atol=1e-6)
+    values = torch.load(folder / "y")
+    agent = published("rainbow").agent
+    torch.testing.assert_close(values, agent.action_values(network(frames)), rtol=1e-5, atol=1e-6)
+    assert torch.equal(values.argmax(dim=-1), agent.greedy(network(frames)))
     assert torch.load(folder / "weights.pt", weights_only=True).keys() == network.state_dict().keys()
 
     done = run([*MPDQN, "evaluate", "--run", str(folder), "--episodes", "3", "--video", "v.mp4"], tmp_path)

@@ -22,4 +22,6 @@ def small(out: Path, **settings: Any) -> TrainConfig:
         "evaluation_episodes": 0,
         "out": out,
     }
+    if settings.get("agent") == "rainbow":  # it has no ε
+        del base["epsilon_decay_frames"]
     return TrainConfig(**base | settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,11 @@ def test_a_good_configuration_becomes_a_job(tmp_path: Path) -> None:
         ({"agent": "decqn"}, "agent decqn has a branching head but environment minatar-breakout has 1 discrete action"),
         ({"network": "nature"}, "Nature needs frames of at least 36×36"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0 but must be above 0"),
+        ({"evaluation_epsilon": 2.0}, "evaluation_epsilon is 2.0 but must be between 0 and 1"),
+        ({"target_tau": 2.0}, "target_tau is 2.0 but must be between 0 and 1"),
+        ({"precision": "fp8"}, "unknown precision 'fp8'; choose float32, tf32, bf16 or auto"),
+        ({"round_steps": 1_000}, "is 8000 frames but only 4000 are to be played"),
+        ({"replay_dir": Path("/proc/nope")}, "--replay-dir /proc/nope cannot be written"),
         ({"timeout": 0.0}, "timeout is 0.0 s but must be above 0"),
         ({"device": "cuda"}, "sees 0 CUDA devices"),
         ({"epsilon_decay_frames": -1}, "epsilon_decay_frames is -1"),
@@ -67,6 +73,35 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
 def test_a_run_too_short_to_learn_warns(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="nothing will be learned"):
         check(small(tmp_path, frames=400))
+
+
+def test_a_replay_folder_that_holds_one_already(tmp_path: Path) -> None:
+    (tmp_path / "shard-1").mkdir()
+    (tmp_path / "shard-1" / "frames.memmap").touch()
+    with pytest.raises(ValueError, match="already holds shard-1"):
+        check(small(tmp_path, replay_dir=tmp_path))
+
+
+def test_settings_follow_the_run_and_its_field(tmp_path: Path) -> None:
+    rainbow = check(small(tmp_path, agent="rainbow"))
+    assert rainbow.settings.prioritization is not None
+    assert rainbow.settings.prioritization.beta_updates == rainbow.updates_after(rainbow.num_rounds)
+    assert rainbow.settings.epsilon.start == 0
+    without_noise = check(small(tmp_path, agent="rainbow", noisy=False))
+    assert without_noise.settings.epsilon.start == 1
+    with pytest.warns(UserWarning, match="has no effect: the ε of agent rainbow is 0"):
+        check(small(tmp_path, agent="rainbow", epsilon_decay_frames=10))
+    assert check(TrainConfig(env="highway", out=tmp_path)).settings.discount == 0.8
+    assert check(TrainConfig(env="pong", out=tmp_path)).settings.min_replay == 20_000
+
+
+def test_runs_that_differ_in_one_setting_have_other_records(tmp_path: Path) -> None:
+    """By these, curves tell seeds of one line from other lines."""
+    base = check(small(tmp_path)).record_settings()
+    assert base == check(small(tmp_path, seed=1, log_every=7)).record_settings()
+    assert json.loads(json.dumps(base)) == base
+    for settings in ({"double": True}, {"n_step": 3}, {"learning_rate": 1e-5}, {"prioritized": True}, {"actor_lag": 1}):
+        assert check(small(tmp_path, **settings)).record_settings() != base, settings
 
 
 def test_a_schedule_whose_gaps_stay_empty_warns(tmp_path: Path) -> None:

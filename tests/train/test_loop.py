@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -81,17 +82,33 @@ def test_each_setting_makes_a_difference(tmp_path: Path) -> None:
         assert any(name not in plain or not torch.equal(other[name], plain[name]) for name in other), settings
 
 
-def test_a_loss_that_is_no_number_ends_the_run_and_keeps_its_batch(tmp_path: Path) -> None:
-    config = small(tmp_path, learning_rate=1e38)
+@pytest.mark.parametrize("prioritized", [False, True])
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_its_batch(prioritized: bool, tmp_path: Path) -> None:
+    config = small(tmp_path, learning_rate=1e38, prioritized=prioritized)
     folder = tmp_path / "run"
     folder.mkdir()
     with Trainer.alone(config, folder) as trainer, pytest.raises(NotANumber, match="learning_rate") as caught:
         list(trainer.run())
     (path,) = folder.glob("failed-update-*-rank0.pt")
-    assert str(path) in str(caught.value)
+    assert str(path).replace("rank0", "rank*") in str(caught.value)
     kept = torch.load(path, weights_only=True)
     assert kept["batches"][0]["obs"].shape == (32, 4, 10, 10)
     assert not all(bool(t.isfinite().all()) for t in kept["weights"].values())
+
+
+def test_a_process_is_left_as_it_was_also_by_a_run_that_failed(tmp_path: Path) -> None:
+    """A notebook goes on: with all its cores and threads, and able to train again."""
+    cores, threads = os.sched_getaffinity(0), torch.get_num_threads()
+
+    def fail() -> None:
+        with Trainer.alone(small(tmp_path)) as trainer:
+            next(trainer.run())
+            raise ZeroDivisionError
+
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            fail()
+        assert (os.sched_getaffinity(0), torch.get_num_threads()) == (cores, threads)
 
 
 def test_a_run_on_disk_is_the_run_in_memory(tmp_path: Path) -> None:
