@@ -5,7 +5,7 @@ import pytest
 from mpdqn.arrangement import Arrangement
 from mpdqn.bench.measure import RankMeasurement, combine
 from mpdqn.timeline import LATE, Span, Timeline
-from tests.bench.test_arrangement import arranged
+from tests.test_arrangement import arranged
 
 
 def arrangement(text: str) -> Arrangement:

@@ -48,3 +48,19 @@ def test_so_does_prioritised_rainbow_with_lookahead_and_a_lag(tmp_path: Path) ->
 def test_acting_ranks_play_what_the_learners_would(lag: int, alone: TrainResult, tmp_path: Path) -> None:
     reference = run(tmp_path / "alone", actor_lag=lag) if lag else alone
     same(run(tmp_path, layout="pp2-1f1b/m2", actors="workers", actor_lag=lag), reference)
+
+
+@pytest.mark.parametrize("settings", [{"layout": "pp2-1f1b/m2"}, {"actors": "workers", "round_steps": 10}])
+def test_simulators_may_take_longer_than_messages(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Filling replay takes 5 s and a chunk of ten steps 4 s, where a message of an update may take 3 s."""
+    result = run(
+        tmp_path,
+        env="tests.train.slow:mpdqn-tests/Slow-v0",
+        network="tests/train/network.py:make_network",
+        frames=160,
+        min_replay=100,
+        timeout=3.0,
+        log_every=1_000,
+        **settings,
+    )
+    assert result.rows[-1]["updates"] == 15
