@@ -120,7 +120,7 @@ def evaluate(
         device: where the network is.
         max_steps: agent steps after which an episode is cut short, besides the environment's own limit.
         num_threads: threads that step Atari games; 0 leaves it to the cores.
-        workers: processes in which simulators written in Python run; 0 is this one.
+        workers: processes in which simulators written in Python run; 0 is this one (and one for what MuJoCo draws).
         bins: values of each dimension of a continuous action; None for 3.
         watch: gets each newest frame that the agent sees of episode 0, uint8 [c, H, W], see `mpdqn.video`.
 

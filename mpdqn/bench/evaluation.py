@@ -32,6 +32,8 @@ class EvaluateConfig:
     """Seed of the episodes; they are others than those of training."""
     num_envs: int = 8
     """Episodes played at a time; the result does not depend on it."""
+    workers: int = 0
+    """Processes that step slow simulators; 0 steps them in this one. The result does not depend on it."""
 
     @property
     def epsilons(self) -> tuple[float, ...]:
@@ -77,6 +79,7 @@ def run_evaluation(
             seed=config.seed,
             greedy=greedy,
             num_envs=config.num_envs,
+            workers=config.workers,
             device=device,
             **watch,  # type: ignore[arg-type]
         )

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdqn.environments.pixels import PixelFormat
-from mpdqn.environments.simulator import SimulatedKind, SimulatorConfig
+from mpdqn.environments.simulator import PROCESS, SimulatedKind, SimulatorConfig
 from mpdqn.environments.spec import EnvironmentSpec
 
 STACK = 4
@@ -62,6 +62,11 @@ class Scene(gymnasium.ObservationWrapper):  # type: ignore[misc]
         with own_manners(self._changed):
             return super().step(action)
 
+    def close(self) -> None:
+        """Free the surface, which ends pygame for the whole process: not while another scene is drawn."""
+        with PROCESS:
+            super().close()
+
     def observation(self, observation: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """The picture."""
         picture: NDArray[np.uint8] = observation[0].T
@@ -73,23 +78,24 @@ def own_manners(changed: dict[tuple[type, str], Any] | None = None) -> Iterator[
     """Have the other vehicles drive as ``changed`` says inside, which is brought up to date, and as before outside.
 
     Some scenes (intersection) set how the vehicles drive as attributes of their *class*, which all later scenes of the
-    process would then share: an episode would depend on what was played before it.
+    process would then share: an episode would depend on what was played before it. One thread at a time is inside.
     """
     changed = {} if changed is None else changed
-    before = _manners()
-    for (vehicle, name), value in changed.items():
-        setattr(vehicle, name, value)
-    try:
-        yield
-    finally:
-        now = _manners()
-        changed.clear()
-        changed |= {key: value for key, value in now.items() if key not in before or before[key] is not value}
-        for vehicle, name in changed:
-            if (vehicle, name) in before:
-                setattr(vehicle, name, before[vehicle, name])
-            else:
-                delattr(vehicle, name)
+    with PROCESS:
+        before = _manners()
+        for (vehicle, name), value in changed.items():
+            setattr(vehicle, name, value)
+        try:
+            yield
+        finally:
+            now = _manners()
+            changed.clear()
+            changed |= {key: value for key, value in now.items() if key not in before or before[key] is not value}
+            for vehicle, name in changed:
+                if (vehicle, name) in before:
+                    setattr(vehicle, name, before[vehicle, name])
+                else:
+                    delattr(vehicle, name)
 
 
 def _manners() -> dict[tuple[type, str], Any]:

@@ -55,8 +55,8 @@ def make_environment(
         seed: the run's seed; an episode's own follows from it, the environment's index and the episode's number.
         first_index: global index of the first environment, so that processes with parts of a fleet play its games.
         num_threads: Atari games that are stepped at a time; 0 leaves it to the cores. Other fields have no threads.
-        workers: processes in which simulators written in Python (driving, robot, one's own) run; 0 for this process.
-            What they play is the same in any number of them.
+        workers: processes in which simulators written in Python (driving, robot, one's own) run; 0 for this process,
+            but for what MuJoCo draws, which has one at least. What they play is the same in any number of them.
         bins: values of each dimension of a continuous action; None for 3.
 
     Raises:

@@ -8,6 +8,7 @@ Frame skips and limits are the environment's own: register it with the wrappers 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
@@ -15,6 +16,7 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
+from mpdqn.environments.contexts import drawn_by_mujoco
 from mpdqn.environments.discretize import BINS, ActionCode
 from mpdqn.environments.pixels import default_format
 from mpdqn.environments.simulator import SimulatedKind, SimulatorConfig, make
@@ -55,6 +57,7 @@ def own_kind(name: str, registered: Any, *, bins: int = BINS) -> SimulatedKind:
     environment = make(config)
     try:
         pixels, actions = environment.observation_space, ActionCode(environment.action_space, bins=bins, name=name)
+        apart = drawn_by_mujoco(environment)
     finally:
         environment.close()
     if not _shows_pixels(pixels):
@@ -75,7 +78,7 @@ def own_kind(name: str, registered: Any, *, bins: int = BINS) -> SimulatedKind:
             frames_per_action=1,
             field="other",
         ),
-        config=SimulatorConfig(name=name, make=registered, imports=config.imports, format=form, bins=bins),
+        config=replace(config, format=form, apart=apart),
     )
 
 

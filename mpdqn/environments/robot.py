@@ -2,14 +2,17 @@
 
 The pictures are those of DrQ-v2 (Yarats et al. 2021, "Mastering visual continuous control"): 84 × 84, colour, stacks of
 3, an action taken twice. They are drawn off screen with EGL or OSMesa, without shadows and smoothing: on a CPU these
-cost ten times what the picture itself does (Hopper: 75 ms with, 6 ms without).
+cost ten times what the picture itself does (Hopper: 75 ms with, 6 ms without). They are always drawn in a worker
+process, in which one thread draws and nothing is closed before the end, see `mpdqn.environments.contexts`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from mpdqn.environments.discretize import BINS
@@ -70,6 +73,21 @@ def _renderer() -> Mapping[str, str]:
     return {"MUJOCO_GL": find_renderer()}
 
 
+@contextlib.contextmanager
+def no_log_file() -> Iterator[None]:
+    """Have MuJoCo's warnings go to stderr from now on, and not to ``MUJOCO_LOG.TXT`` in whatever folder this is."""
+    import mujoco
+
+    if mujoco.get_mju_user_warning() is None:
+        mujoco.set_mju_user_warning(_tell)
+    yield
+
+
+def _tell(warning: str) -> None:
+    if "'settotalmass' is deprecated" not in warning:  # of Gymnasium's own models, at each start
+        print(f"MuJoCo: {warning}", file=sys.stderr)
+
+
 def plain(environment: Any) -> Any:
     """The environment drawn without shadows and smoothing, from its first picture on."""
     quality = environment.unwrapped.model.vis.quality
@@ -94,10 +112,12 @@ def _task(name: str, gymnasium_id: str, branches: int) -> SimulatedKind:
             name=name,
             make=gymnasium_id,
             arguments={"render_mode": "rgb_array", "width": SIZE, "height": SIZE},
+            guard=no_log_file,
             adapt=plain,
             pictures="rendered",
             format=PixelFormat(grey=False, size=None),
             frames_per_action=FRAMES_PER_ACTION,
             variables=_renderer,
+            apart=True,
         ),
     )

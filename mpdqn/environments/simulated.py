@@ -64,8 +64,9 @@ class SimulatedEnvironment(BatchedEnvironment):
         num_envs: N.
         seed: the run's seed.
         first_index: global index of the first of the N environments.
-        workers: processes that run them, at most N; 0 for this one. A worker that dies is replaced, its episodes are
-            played again up to where they were, and ``num_restarts`` counts it: the transitions are the same.
+        workers: processes that run them, at most N; 0 for this one, or for one worker if the kind must be ``apart``. A
+            worker that dies is replaced, its episodes are played again up to where they were, and ``num_restarts``
+            counts it: the transitions are the same.
 
     Raises:
         ValueError: if a count is out of range, or a simulator cannot be made.
@@ -77,8 +78,10 @@ class SimulatedEnvironment(BatchedEnvironment):
     ) -> None:
         super().__init__(kind.spec, num_envs=num_envs, seed=seed, first_index=first_index)
         self._stacks: NDArray[np.uint8] | None = None
+        kind.config.variables()  # what is missing is missed here, before any worker starts
+        workers = min(max(workers, int(kind.config.apart)), num_envs)
         self._crew: Crew = (
-            Workers(kind.config, indices=self.indices, num_workers=min(workers, num_envs))
+            Workers(kind.config, indices=self.indices, num_workers=workers)
             if workers
             else InProcess(kind.config, num_envs=num_envs)
         )

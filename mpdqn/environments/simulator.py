@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -16,9 +17,14 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
+from mpdqn.environments.contexts import drawn_by_mujoco, keep_current
 from mpdqn.environments.discretize import BINS, ActionCode
 from mpdqn.environments.pixels import PixelFormat
 from mpdqn.environments.spec import EnvironmentSpec
+
+PROCESS = threading.RLock()
+"""Held by whoever changes what belongs to the whole process (its environment variables, stdout, other simulators'
+classes) for a while, as acting and evaluation may each simulate in a thread of their own."""
 
 Transition = tuple[NDArray[np.uint8], float, bool, bool]
 """One step's frame uint8 [C, H, W], reward, terminated and truncated."""
@@ -36,7 +42,8 @@ class SimulatorConfig:
     ``make`` its id or Gymnasium's own spec of it, with ``arguments``; ``imports`` modules that register it; ``guard``
     is around its making, and ``adapt`` is given what was made. ``pictures``: "observed" or "rendered" ones. An action
     is taken ``frames_per_action`` times, its rewards are added, and the last picture is kept. ``variables`` are set in
-    the process environment while it is made and first drawn, where they are not set already.
+    the process environment while it is made and first drawn, where they are not set already. ``apart``: it is always
+    played in a worker process, since what it draws with belongs to one thread.
     """
 
     name: str
@@ -50,6 +57,7 @@ class SimulatorConfig:
     frames_per_action: int = 1
     bins: int = BINS
     variables: Callable[[], Mapping[str, str]] = dict
+    apart: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +91,18 @@ class Simulator:
         self._drawn = False
 
     def begin(self, seed: int) -> NDArray[np.uint8]:
-        """Begin the episode that ``seed`` names; its first frame [C, H, W]."""
+        """Begin the episode that ``seed`` names; its first frame [C, H, W].
+
+        Raises:
+            RuntimeError: if MuJoCo draws nothing.
+        """
         with contextlib.nullcontext() if self._drawn else quiet(self._config.variables()):
             observation, _ = self.environment.reset(seed=seed)
             frame = self._frame(observation)
         self._drawn = True
+        if not frame.any() and drawn_by_mujoco(self.environment):
+            # What a context that is lost draws, without an error: training on it would be for nothing.
+            raise RuntimeError(f"the first picture of environment {self._config.name!r} is black: MuJoCo cannot draw")
         return frame
 
     def step(self, action: int | NDArray[np.int64]) -> Transition:
@@ -133,19 +148,26 @@ def make(config: SimulatorConfig) -> Any:
                 made = gymnasium.make(config.make, disable_env_checker=True, **config.arguments)
         except (gymnasium.error.Error, ImportError) as error:
             raise ValueError(f"environment {config.name!r} cannot be made: {error}") from error
-    return config.adapt(made)
+    adapted = config.adapt(made)
+    if drawn_by_mujoco(adapted):
+        keep_current(adapted)
+    return adapted
 
 
 @contextlib.contextmanager
 def quiet(variables: Mapping[str, str]) -> Iterator[None]:
-    """Environment ``variables`` where they are not set; greetings to stdout and known warnings of imports held back."""
-    own = {name: value for name, value in variables.items() if name not in os.environ}
-    os.environ.update(own)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            # Box2D's SWIG types, on import.
-            warnings.filterwarnings("ignore", "builtin type .* has no __module__ attribute", DeprecationWarning)
-            yield
-    finally:
-        for name in own:
-            os.environ.pop(name, None)
+    """Environment ``variables`` where they are not set; greetings to stdout and known warnings of imports held back.
+
+    One thread at a time: two that overlap would put back each other's.
+    """
+    with PROCESS:
+        own = {name: value for name, value in variables.items() if name not in os.environ}
+        os.environ.update(own)
+        try:
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                # Box2D's SWIG types, on import.
+                warnings.filterwarnings("ignore", "builtin type .* has no __module__ attribute", DeprecationWarning)
+                yield
+        finally:
+            for name in own:
+                os.environ.pop(name, None)

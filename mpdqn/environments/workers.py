@@ -111,6 +111,7 @@ class _Worker:
         self.numbers = numbers
         self.num_restarts = 0
         self._name, self._label, self._timeout_s = config.name, label, timeout_s
+        self._advice = "" if config.apart else "; with workers=0 the simulator fails here, where it can be debugged"
         # By value where it comes from the user's script, as his own environments do.
         self._opening = cloudpickle.dumps(("open", config, numbers))
         self._episodes: dict[int, tuple[int, list[Any]]] = {}
@@ -149,7 +150,7 @@ class _Worker:
         self.end()
         raise RuntimeError(
             f"the worker of environments {self._label} of {self._name!r} died {MAX_DEATHS} times in a row at the same "
-            f"step ({reason}); with workers=0 the simulator fails in this process, where it can be debugged"
+            f"step ({reason}){self._advice}"
         )
 
     def end(self) -> None:

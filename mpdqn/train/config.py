@@ -87,7 +87,7 @@ class TrainConfig:
     actors: Literal["inline", "workers"] = "inline"
     """Where the environments are played: by the rank of a replica's first stage, or by one more rank per replica."""
     env_workers: int = 0
-    """Processes that step slow simulators, for each acting rank; 0 steps them in the acting rank itself."""
+    """Processes that step slow simulators, for each acting rank; 0: in itself, but what MuJoCo draws in one."""
     replay_dir: Path | None = None
     """Folder in which replay is mapped to disk; default: memory."""
     dtype: Literal["float32", "float64"] = "float32"

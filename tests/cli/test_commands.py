@@ -21,7 +21,7 @@ FLAGS = {
         --actors --env-workers --replay-dir --dtype --precision --compile --device --evaluate-every
         --evaluation-episodes --log-every --seed --out --wandb --timeout --port --smoke
     """,
-    "evaluate": "--run --episodes --epsilon --video --seed --num-envs",
+    "evaluate": "--run --episodes --epsilon --video --seed --num-envs --workers",
     "curves": "--runs --out --column --average --band --window",
 }
 

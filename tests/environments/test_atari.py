@@ -168,12 +168,12 @@ def test_the_next_episode_loaded_beside_the_running_one_is_the_same(reserve_afte
     """From a game of ale-py's own that is reset with the episodes' seeds, whether a reserve steps in or not."""
     monkeypatch.setattr(atari, "RESERVE_AFTER", reserve_after)
     environment = AtariEnvironment("pong", num_envs=2, seed=7, num_threads=1, max_episode_frames=40)
-    actions = random_actions(35, 2)
+    actions = random_actions(25, 2)
     steps = play(environment, actions)
     assert bool(environment._reserves) == (reserve_after == 3)
     plain = atari._vector_env("pong", 40)
     for e in range(2):
-        for t in range(35):
+        for t in range(25):
             if t % 10 == 0:
                 seed = keyed_seed("environment", 7, e, t // 10) % 2**31
                 observation = plain.reset(seed=np.array([seed]))[0]

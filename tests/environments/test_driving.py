@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import gymnasium
 import pytest
 import torch
 
 from mpdqn.environments import driving, environment_spec, make_environment
-from mpdqn.environments.simulator import Simulator, make
+from mpdqn.environments.simulator import Simulator, make, quiet
 
 from .playing import assert_stacks, play, some_actions
 
@@ -100,6 +102,32 @@ def test_scenes_of_one_process_leave_one_another_alone(monkeypatch):
     assert manners[behavior.IDMVehicle, "DISTANCE_WANTED"] == 5.0 + behavior.IDMVehicle.LENGTH
     monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")  # highway-env would draw black pictures
     assert played(QUICK) == before
+
+
+def test_scenes_in_several_threads_leave_one_another_alone():
+    """As acting and evaluation may: making, playing and closing overlap."""
+    names = (QUICK, "intersection", "car-racing") * 2
+    pytest.importorskip("highway_env")
+    manners = driving._manners()
+    expected, stdout = [played(name) for name in names], sys.stdout
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(played, names)) == expected
+    assert driving._manners() == manners
+    assert sys.stdout is stdout
+    assert "SDL_VIDEODRIVER" not in os.environ
+
+
+def test_one_thread_at_a_time_is_quiet():
+    def whisper() -> bool:
+        with quiet({}):
+            return True
+
+    with ThreadPoolExecutor(1) as thread:
+        with quiet({}):
+            second = thread.submit(whisper)
+            with pytest.raises(TimeoutError):
+                second.result(timeout=0.2)
+        assert second.result(timeout=60)
 
 
 def test_traffic_is_upright_and_drives_to_the_right():
