@@ -110,6 +110,11 @@ def covering_agents() -> Iterator[Case]:
         yield tiny_case("zbv", agent=agent, lookahead=1)
         yield tiny_case("interleaved_1f1b", agent=agent, recompute="mixed")
         yield tiny_case("tdzb", pipeline=3, lookahead=1, agent=agent, recompute="boundaries")
+    for agent in ("prioritized_dqn", "rainbow"):
+        yield tiny_case("gpipe", pipeline=1, data=2, agent=agent, prioritized=True)
+        yield tiny_case("1f1b", data=2, agent=agent, prioritized=True)
+        yield tiny_case("td1f1b", lookahead=1, agent=agent, prioritized=True)
+        yield tiny_case("td1f1b", data=2, lookahead=1, agent=agent, prioritized=True)
     for agent in ("rainbow", "munchausen_dqn", "decqn"):
         yield Case(family="nature", data=2, pipeline=2, schedule="1f1b", m=4, agent=agent)
         yield Case(family="nature", pipeline=2, schedule="td1f1b", m=4, lookahead=1, agent=agent, dtype="float32")

@@ -14,10 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mpdqn.dqn.agents import make_agent
 from mpdqn.dqn.batch import Batch
+from mpdqn.dqn.prioritization import Prioritization
 from mpdqn.learner import Learner, LearnerConfig
 from mpdqn.mesh import Mesh, World
 from mpdqn.networks import NoisyLinear, make_network, output_shape, set_memory_format
@@ -75,13 +77,14 @@ class Case:
     target_tau: float = 1.0
     target_period: int = 3
     batch_size: int = 16
+    prioritized: bool = False
 
     def __str__(self) -> str:
         layout = f"dp{self.data}xpp{self.pipeline}-{self.schedule}+{self.placement}/m{self.m}"
         layout += f"+v{self.virtual}" * (self.virtual > 1) + f"+{self.recompute}" * (self.recompute != "none")
         layout += f"+a{self.accumulation}" * (self.accumulation > 1) + "+ahead" * self.lookahead
         rule = f"{self.agent}-{self.optimizer}-V{self.shards}-B{self.batch_size}"
-        rule += f"-n{self.target_period}-tau{self.target_tau:g}"
+        rule += f"-n{self.target_period}-tau{self.target_tau:g}" + "-per" * self.prioritized
         return f"{self.family}-{self.head or 'own'}-{layout}-{rule}-{self.dtype}-{self.memory_format}"
 
     @property
@@ -114,6 +117,7 @@ class Trace:
     td_errors: list[Tensor] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+    priorities: list[Tensor] = field(default_factory=list)
     change: Tensors = field(default_factory=dict)
 
 
@@ -129,6 +133,7 @@ def filled_shards(case: Case, seed: int = 7) -> VirtualShards:
         stack=frames[0],
         n_step=2,
         discount=0.9,
+        prioritization=Prioritization(alpha=0.6, beta=0.5) if case.prioritized else None,
     )
     draw = torch.Generator().manual_seed(keyed_seed("test", seed))
     n = envs * case.shards
@@ -269,6 +274,8 @@ def run_case(world: World, case: Case, *, updates: int = UPDATES, alone: bool = 
     """Train ``updates`` updates of ``case``; collective over the world."""
     learner = build(world, case, case.batch_size, alone)
     trace = Trace()
+    # The ranks of the first stages, which agree on the least probability of all shards.
+    owners = world.meeting([r * case.pipeline for r in range(case.data)]) if case.prioritized and not alone else None
     if learner is None:
         return trace
     trace.replica = learner.mesh.replica
@@ -278,9 +285,15 @@ def run_case(world: World, case: Case, *, updates: int = UPDATES, alone: bool = 
     def sample(update: int) -> Batch | None:
         if not learner.owns_shards:
             return None
-        batch = shards.sample(case.batch_size, update, owned_shards(case, trace.replica))
+        draw = shards.draw(case.batch_size, update, owned_shards(case, trace.replica))
+        lowest = torch.tensor(draw.lowest, dtype=torch.float64)
+        if owners is not None and case.data > 1:
+            dist.all_reduce(lowest, dist.ReduceOp.MIN, group=owners)
+        batch = shards.gather(draw, float(lowest))
         if learner.agent.branching:
             batch = replace(batch, action=torch.stack([batch.action, (batch.action + batch.index) % ACTIONS], dim=1))
+        if case.prioritized:
+            return batch
         # Uniform replay gives equal weights; unequal ones must travel, too.
         return replace(batch, weight=0.25 + (batch.index % 5) / 4)
 
@@ -288,6 +301,10 @@ def run_case(world: World, case: Case, *, updates: int = UPDATES, alone: bool = 
     for update in range(updates):
         upcoming = sample(update + 1)
         step = learner.learn(batch, upcoming if case.lookahead else None)
+        if case.prioritized and batch is not None and step.td_errors is not None:
+            owned = owned_shards(case, trace.replica)
+            shards.return_td_errors(batch.index, step.td_errors, owned)
+            trace.priorities.append(torch.cat([shards[v].tensors()["priority"].clone() for v in owned]))
         batch = upcoming
         trace.gradients.append({n: p.grad.clone() for n, p in learner.named_parameters() if p.grad is not None})
         if step.td_errors is not None:
@@ -313,7 +330,8 @@ def errors(world: World, case: Case, trace: Trace, reference: Trace) -> dict[str
             "norms": [_squares(_numbers(trace.norms), _numbers(reference.norms))],
             "losses": [_squares(_numbers(trace.losses), _numbers(reference.losses))],
         }
-    ranks = [part for part in world.to_first((trace.replica, own, trace.td_errors)) if part[0] >= 0]
+    rows = {"td_errors": trace.td_errors, "priorities": trace.priorities}
+    ranks = [part for part in world.to_first((trace.replica, own, rows)) if part[0] >= 0]
     if not ranks:
         return {}
     whole = {
@@ -332,18 +350,22 @@ def errors(world: World, case: Case, trace: Trace, reference: Trace) -> dict[str
                 found[f"first_{name}"] = max(found.get(f"first_{name}", 0.0), error)
     for name in ("norms", "losses"):
         found[name] = max(_ratio(squares[name][0]) for _, squares, _ in ranks)
-    joined = [torch.cat(parts) for parts in zip(*(td for _, _, td in ranks if td), strict=True)]
-    found["td_errors"] = max(
-        _ratio(_squares({"": a}, {"": b})) if a.shape == b.shape else float("inf")
-        for a, b in zip(joined, reference.td_errors, strict=True)
-    )
+    for name, wanted in (("td_errors", reference.td_errors), ("priorities", reference.priorities)):
+        joined = [torch.cat(parts) for parts in zip(*(own[name] for _, _, own in ranks if own[name]), strict=True)]
+        found[name] = max(
+            (
+                _ratio(_squares({"": a}, {"": b})) if a.shape == b.shape else float("inf")
+                for a, b in zip(joined, wanted, strict=True)
+            ),
+            default=0.0,
+        )
     return found
 
 
 def violations(case: Case, found: dict[str, float]) -> list[str]:
     """Which of the quantities break the bound of the case's dtype."""
     if case.dtype == "float64":
-        bounds = dict.fromkeys(("gradients", "change", "norms", "losses", "td_errors"), FLOAT64_BOUND)
+        bounds = dict.fromkeys(("gradients", "change", "norms", "losses", "td_errors", "priorities"), FLOAT64_BOUND)
     else:
         bounds = {"first_gradients": FLOAT32_BOUND}
     return [f"{name} {found[name]:.1e} > {bound:.0e}" for name, bound in bounds.items() if not found[name] <= bound]

@@ -66,5 +66,5 @@ def test_a_setting_that_there_is_not() -> None:
 
 
 def test_a_name_that_the_package_does_not_have() -> None:
-    with pytest.raises(AttributeError, match="module 'mpdqn' has no attribute 'train'"):
-        _ = mpdqn.train
+    with pytest.raises(AttributeError, match="module 'mpdqn' has no attribute 'fly'"):
+        _ = mpdqn.fly

@@ -45,7 +45,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
     ("settings", "message"),
     [
         ({"network": "resnet19"}, "no network is called 'resnet19', did you mean 'resnet18'?"),
-        ({"env": "pomg"}, "there is no environment 'pomg' among the 108 Atari games; try 'pong'"),
+        ({"env": "pomg"}, "there is no environment 'pomg'; try 'pong'"),
         ({"agent": "double-dqn"}, "unknown agent 'double-dqn'; did you mean 'double_dqn'?"),
         ({"layouts": ("pp2-gpip",)}, "unknown schedule 'gpip'; did you mean 'gpipe'?"),
         ({"layouts": ("pp2-zbv+v3",)}, "zbv has exactly 2 stages on each rank, not 3"),
