@@ -50,17 +50,17 @@ def test_acting_ranks_play_what_the_learners_would(lag: int, alone: TrainResult,
     same(run(tmp_path, layout="pp2-1f1b/m2", actors="workers", actor_lag=lag), reference)
 
 
-@pytest.mark.parametrize("settings", [{"layout": "pp2-1f1b/m2"}, {"actors": "workers", "round_steps": 10}])
+@pytest.mark.parametrize("settings", [{"layout": "pp2-1f1b/m2"}, {"actors": "workers", "round_steps": 20}])
 def test_simulators_may_take_longer_than_messages(settings: dict[str, Any], tmp_path: Path) -> None:
-    """Filling replay takes 5 s and a chunk of ten steps 4 s, where a message of an update may take 3 s."""
+    """Filling replay takes 10 s and a chunk of twenty steps 8 s, where a message of an update may take 5 s."""
     result = run(
         tmp_path,
         env="tests.train.slow:mpdqn-tests/Slow-v0",
         network="tests/train/network.py:make_network",
-        frames=160,
-        min_replay=100,
-        timeout=3.0,
+        frames=320,
+        min_replay=200,
+        timeout=5.0,
         log_every=1_000,
         **settings,
     )
-    assert result.rows[-1]["updates"] == 15
+    assert result.rows[-1]["updates"] == 30
