@@ -192,7 +192,7 @@ class Actors:
         def epsilon_at(step: int) -> float:
             return epsilon(step * frames_per_step) if callable(epsilon) else epsilon
 
-        policy = EpsilonGreedy(
+        self._policy = EpsilonGreedy(
             network,
             greedy or _largest,
             draws,
@@ -204,7 +204,7 @@ class Actors:
         # The policy is trusted, as wrapping would look for weights to copy.
         self._collector: Any = Collector(
             self._environment,
-            policy,
+            self._policy,
             frames_per_batch=n * steps,
             total_frames=-1,
             trust_policy=True,
@@ -216,6 +216,7 @@ class Actors:
 
     def play(self) -> Chunk:
         """The next steps of every environment. The chunk's tensors are valid until the next call."""
+        self._policy.step = self.steps_played  # the collector has called the policy once to see what it returns
         batch = next(self._chunks).transpose(0, 1)  # [N, T] -> [T, N]
         after = batch["next"]
         reward, terminated, truncated = (after[key].squeeze(-1) for key in ("reward", "terminated", "truncated"))

@@ -27,7 +27,7 @@ def same(a: TrainResult, b: TrainResult) -> None:
     assert a.episodes == b.episodes
     assert a.rows[-1]["updates"] == b.rows[-1]["updates"] == 275
     for one, other in zip(a.rows, b.rows, strict=True):
-        assert one.get("loss") == pytest.approx(other.get("loss"), rel=1e-8)
+        assert one.get("loss", 0.0) == pytest.approx(other.get("loss", 0.0), rel=1e-8)
 
 
 @pytest.mark.parametrize("layout", ["dp2", "pp2-1f1b/m2", "pp2-td1f1b/m2", "dp2xpp2-1f1b/m2"])
