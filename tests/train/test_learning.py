@@ -45,9 +45,9 @@ def test_breakout_is_learned(tmp_path: Path) -> None:
 @pytest.mark.timeout(3_600)
 @pytest.mark.parametrize("lookahead", [0, 1])
 def test_learning_is_the_same_on_every_layout(lookahead: int, tmp_path: Path) -> None:
-    """Thousands of updates in float64 and every episode that they led to."""
-    settings = {"dtype": "float64", "frames": 10_000, "lookahead": lookahead}
+    """A thousand updates in float64 and every episode that they led to."""
+    settings = {"dtype": "float64", "frames": 3_000, "lookahead": lookahead}
     alone = learn(tmp_path, **settings)
-    assert len(alone.episodes) > 500
+    assert len(alone.episodes) > 150
     for layout in ("dp2", "pp2-1f1b/m2", "dp2xpp2-1f1b/m2") if not lookahead else ("pp2-td1f1b/m2",):
         assert learn(tmp_path, layout=layout, **settings).episodes == alone.episodes, layout
