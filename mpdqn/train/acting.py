@@ -18,6 +18,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mpdqn.actors import Actors, Chunk, Episode
@@ -25,6 +26,11 @@ from mpdqn.mesh import World
 from mpdqn.weights import WeightDelivery
 
 TRANSITIONS = "transitions"
+
+
+def transitions_group(world: World) -> dist.ProcessGroup:
+    """The process group of chunks on their way. Its first call is collective over all ranks, actors or not."""
+    return world.message_group(TRANSITIONS, "gloo", patient=True)
 
 
 class LaggedWeights:
@@ -97,7 +103,7 @@ class RemoteActing:
 
     def __init__(self, world: World, source: int, example: Chunk, environments: range) -> None:
         self._world, self._source, self._example, self._environments = world, source, example, environments
-        self._group = world.message_group(TRANSITIONS, "gloo", patient=True)
+        self._group = transitions_group(world)
 
     def deliver(self, weights: Mapping[str, Tensor] | None) -> None:
         """Nothing: each stage sends its own weights."""
@@ -148,7 +154,7 @@ def act_remotely(
 
     After a round that ``pauses``, for an evaluation, it waits with all ranks where there is time.
     """
-    group = world.message_group(TRANSITIONS, "gloo", patient=True)
+    group = transitions_group(world)
     complaint = f"acting rank {world.rank} could not send transitions to rank {owner}"
     for r in range(num_rounds):
         # With a lag, chunk r is played while round r − 1 learns: what was due before that round is delivered first.

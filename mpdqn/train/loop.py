@@ -32,7 +32,7 @@ from mpdqn.networks import noisy_layers, set_noise
 from mpdqn.partition import counted_profile
 from mpdqn.pipeline.acceleration import Acceleration, candidates, choose_acceleration
 from mpdqn.replay import Prefetcher, VirtualShards
-from mpdqn.train.acting import InlineActing, LaggedWeights, RemoteActing, act_remotely
+from mpdqn.train.acting import InlineActing, LaggedWeights, RemoteActing, act_remotely, transitions_group
 from mpdqn.train.batches import BatchQueue
 from mpdqn.train.check import check
 from mpdqn.train.config import TrainConfig, TrainJob
@@ -74,6 +74,8 @@ class Trainer:
         self._delivery = WeightDelivery(world, plan, network, self._acting_ranks)
         owners_group = world.group(owners, "gloo")
         self._learners = world.meeting(plan.ranks)
+        if remote:
+            transitions_group(world)
         self.acceleration = self._accelerate(network)
         self.learner: Learner | None = None
         self.shards: VirtualShards | None = None
