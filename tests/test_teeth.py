@@ -188,8 +188,8 @@ def lost_gradient_message() -> Any:
 
 
 def frames_of_another_update() -> Any:
-    real = VirtualShards.sample
-    return patch.object(VirtualShards, "sample", lambda self, size, update, owned: real(self, size, update + 1, owned))
+    real = VirtualShards.draw
+    return patch.object(VirtualShards, "draw", lambda self, size, update, owned: real(self, size, update + 1, owned))
 
 
 def shard_sampled_twice() -> Any:
