@@ -17,10 +17,6 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-# rliable 1.2.0 no longer imports beside pandas 3 (it pins arch below 8); scipy's bootstrap of several samples is the
-# same stratified one, and its trim_mean the same IQM: tests/test_scores.py holds rliable's own numbers.
-from scipy import stats
-
 Statistic = Literal["iqm", "mean", "median"]
 
 # Returns of a random agent and of a human tester on episodes that begin with up to 30 no-ops: Wang et al. 2016
@@ -117,7 +113,9 @@ def iqm(scores: ArrayLike) -> float:
 
     ``scores`` are floats of any shape: runs × games are thrown together, as rliable does.
     """
-    return float(stats.trim_mean(scores, 0.25, axis=None))
+    from scipy.stats import trim_mean
+
+    return float(trim_mean(scores, 0.25, axis=None))
 
 
 def bootstrap_interval(
@@ -152,8 +150,12 @@ def bootstrap_interval(
     estimate = float(aggregate(*columns))
     if len(matrix) < 2:
         return Interval(estimate=estimate, low=float("nan"), high=float("nan"))
+    from scipy.stats import bootstrap  # 0.8 s to import, which no worker of a run has to wait for
+
+    # rliable 1.2.0 no longer imports beside pandas 3 (it pins arch below 8). scipy's bootstrap of several samples is
+    # the same stratified one, its trim_mean the same IQM: tests/test_scores.py holds rliable's own numbers.
     # Not the default BCa: it divides by zero where all runs of a game are alike, and rliable takes percentiles too.
-    interval = stats.bootstrap(
+    interval = bootstrap(
         columns,
         functools.partial(_aggregate, statistic=statistic),
         n_resamples=resamples,
@@ -173,5 +175,7 @@ def _aggregate(*columns: NDArray[np.float64], statistic: Statistic, axis: int) -
         return np.median([column.mean(axis=axis) for column in columns], axis=0)
     scores = np.concatenate(columns, axis=axis)
     if statistic == "iqm":
-        return stats.trim_mean(scores, 0.25, axis=axis)
+        from scipy.stats import trim_mean
+
+        return trim_mean(scores, 0.25, axis=axis)
     return np.mean(scores, axis=axis) if statistic == "mean" else np.median(scores, axis=axis)

@@ -30,7 +30,7 @@ from mpdqn.pipeline.stage import Stage
 from mpdqn.replay import VirtualShards
 from mpdqn.schedule import Action, ActionTable
 from mpdqn.schedule.actions import BACKWARD_INPUT, GRADIENTS_OF_WEIGHTS, RECOMPUTE
-from tests.transparency import Case, errors, run_case, run_reference, tiny_case, violations
+from tests.transparency import Case, Trace, errors, run_case, run_reference, tiny_case, violations
 
 HYBRID = Case(data=2, pipeline=2, schedule="1f1b", m=4)
 AHEAD = tiny_case("td1f1b", lookahead=1)
@@ -627,10 +627,13 @@ def bite(names: list[str]) -> list[tuple[Case, dict[str, float], dict[str, float
     torch.set_num_threads(1)
     found = []
     by_name = {tooth.defect.__name__: tooth for tooth in TEETH}
+    references: dict[Case, tuple[Trace, dict[str, float]]] = {}
     with World.open("cpu", 60) as world:
         for tooth in (by_name[name] for name in names):
-            reference = run_reference(world, tooth.case)
-            clean = errors(world, tooth.case, run_case(world, tooth.case), reference)
+            if tooth.case not in references:
+                reference = run_reference(world, tooth.case)
+                references[tooth.case] = reference, errors(world, tooth.case, run_case(world, tooth.case), reference)
+            reference, clean = references[tooth.case]
             with tooth.defect():
                 trace = run_case(world, tooth.case)
             found.append((tooth.case, clean, errors(world, tooth.case, trace, reference)))

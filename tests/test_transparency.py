@@ -28,7 +28,7 @@ def small_matrix() -> Iterator[Case]:
             yield Case(family="nature", data=d, pipeline=p, schedule=schedule, m=m)
         yield Case(family="impala", data=d, pipeline=p, schedule="1f1b" if m in (1, 4) else "gpipe", m=m)
     for d, p in LAYOUTS:
-        yield Case(family="resnet18", data=d, pipeline=p, schedule="1f1b", m=4)
+        yield Case(family="resnet18", data=d, pipeline=p, schedule="1f1b", m=4, batch_size=8)
         yield Case(family="nature", data=d, pipeline=p, m=4, agent="dqn", optimizer="sgd", shards=2)
         yield Case(family="impala", data=d, pipeline=p, m=4, head="dueling", memory_format="channels_last")
         yield Case(family="nature", data=d, pipeline=p, schedule="1f1b", m=4, dtype="float32")

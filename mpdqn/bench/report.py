@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpdqn.bench.comparison import compare_table, heading
-from mpdqn.bench.gantt import gantt
-from mpdqn.bench.plots import save, throughput_figure
 from mpdqn.bench.rows import rows_of
 from mpdqn.bench.tables import Table
 from mpdqn.bench.trace import read_trace
@@ -37,6 +35,10 @@ def write_report(folder: Path, records: Iterable[Record]) -> Report:
     Raises:
         ValueError: if there are no records of a comparison, one lacks a value, or a trace cannot be read.
     """
+    # Matplotlib takes most of a second to import, and no worker draws.
+    from mpdqn.bench.gantt import gantt
+    from mpdqn.bench.plots import save, throughput_figure
+
     records = tuple(records)
     report = Report(table=compare_table(records), verdict=verdict(records))
     (folder / "table.md").write_text(report.markdown(), encoding="utf-8")

@@ -89,14 +89,19 @@ def train_rank(job: TrainJob) -> TrainResult:
     """This rank's part in a run. Collective over the ranks of the job."""
     keep_freed_memory()
     with World.open(job.config.device, job.config.timeout) as world:
-        folder = world.from_first(new_folder(job) if world.rank == 0 else Path())
-        trainer = Trainer(world, job, folder)
-        try:
-            result = _Session(trainer, folder).run()
-        finally:
-            trainer.close()
-        world.barrier()
-        return result
+        return train_in(world, job)
+
+
+def train_in(world: World, job: TrainJob) -> TrainResult:
+    """This rank's part in a run of a world that is open already, and stays so. Collective over its ranks."""
+    folder = world.from_first(new_folder(job) if world.rank == 0 else Path())
+    trainer = Trainer(world, job, folder)
+    try:
+        result = _Session(trainer, folder).run()
+    finally:
+        trainer.close()
+    world.barrier()
+    return result
 
 
 class _Session:

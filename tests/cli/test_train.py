@@ -73,6 +73,7 @@ def test_train_then_evaluate_then_draw(tmp_path: Path) -> None:
 def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
     """An acting rank, of which the learner hears only through its transitions."""
     long = ["--env", "minatar-breakout", "--frames", "100000000", "--min-replay", "256", "--capacity", "2000"]
+    long += ["--log-every", "400"]
     process = start([*MPDQN, "train", *long, "--actors", "workers", "--layout", "single@1", "--out", "runs"], tmp_path)
     try:
         wait_for(lambda: list((tmp_path / "runs").glob("*/progress.csv")), 120, "row of progress")

@@ -2,59 +2,92 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mpdqn.train import TrainResult, train
+from mpdqn.launch import launch
+from mpdqn.mesh import World
+from mpdqn.train import TrainConfig, TrainResult, train
+from mpdqn.train.check import check
+from mpdqn.train.run import train_in
 from tests.train.settings import small
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = pytest.mark.timeout(900)
+
+RAINBOW = {"agent": "rainbow", "lookahead": 1, "prefetch": 1, "actor_lag": 1, "min_replay": 500}
+ACTING_RANKS = {"layout": "pp2-1f1b/m2", "actors": "workers"}
+
+RUNS: dict[str, dict[str, Any]] = {
+    "dp2": {"layout": "dp2"},
+    "pp2-1f1b": {"layout": "pp2-1f1b/m2"},
+    "pp2-td1f1b": {"layout": "pp2-td1f1b/m2", "lookahead": 1},
+    "dp2xpp2": {"layout": "dp2xpp2-1f1b/m2"},
+    "rainbow-dp2": {"layout": "dp2", **RAINBOW},
+    "rainbow-pp2-td1f1b": {"layout": "pp2-td1f1b/m2", **RAINBOW},
+    "acting-ranks": ACTING_RANKS,
+    "acting-ranks-lag2": ACTING_RANKS | {"actor_lag": 2},
+}
+"""Prioritised rainbow draws ahead, in the background, and lags; an acting rank must play what its learners would."""
 
 
-def run(out: Path, **settings: Any) -> TrainResult:
-    return train(small(out, dtype="float64", **settings))
+def alone(settings: dict[str, Any]) -> dict[str, Any]:
+    """The same run on one process."""
+    return {key: value for key, value in settings.items() if key not in ("layout", "actors")}
+
+
+def run_all(configs: list[TrainConfig]) -> list[TrainResult]:
+    """One run after the other, in one world."""
+    with World.open("cpu", 60) as world:
+        return [train_in(world, check(config)) for config in configs]
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
-    return run(tmp_path_factory.mktemp("alone"))
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainResult]:
+    """Of each run of `RUNS`, on as many processes as it has ranks."""
+    configs = {name: small(tmp_path_factory.mktemp(name), dtype="float64", **RUNS[name]) for name in RUNS}
+    ranks = {name: check(config).num_ranks for name, config in configs.items()}
+    found: dict[str, TrainResult] = {}
+    for num_ranks, group in itertools.groupby(sorted(RUNS, key=ranks.__getitem__), ranks.__getitem__):
+        names = list(group)
+        found |= zip(names, launch(run_all, [configs[name] for name in names], num_workers=num_ranks)[0], strict=True)
+    return found
 
 
-def same(a: TrainResult, b: TrainResult) -> None:
-    assert len(a.episodes) > 50
-    assert a.episodes == b.episodes
-    assert a.rows[-1]["updates"] == b.rows[-1]["updates"] == 275
-    for one, other in zip(a.rows, b.rows, strict=True):
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, TrainResult]:
+    """Of each run of `RUNS`, alone in this process."""
+    found: dict[str, TrainResult] = {}
+    for settings in map(alone, RUNS.values()):
+        if str(settings) not in found:
+            found[str(settings)] = train(small(tmp_path_factory.mktemp("alone"), dtype="float64", **settings))
+    return found
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_layout_plays_the_episodes_of_one_process(
+    name: str, results: dict[str, TrainResult], references: dict[str, TrainResult]
+) -> None:
+    found, reference = results[name], references[str(alone(RUNS[name]))]
+    assert len(reference.episodes) > 50
+    assert found.episodes == reference.episodes
+    assert found.rows[-1]["updates"] == reference.rows[-1]["updates"] == 275
+    for one, other in zip(found.rows, reference.rows, strict=True):
         assert one.get("loss", 0.0) == pytest.approx(other.get("loss", 0.0), rel=1e-8)
 
 
-@pytest.mark.parametrize("layout", ["dp2", "pp2-1f1b/m2", "pp2-td1f1b/m2", "dp2xpp2-1f1b/m2"])
-def test_every_layout_plays_the_episodes_of_one_process(layout: str, alone: TrainResult, tmp_path: Path) -> None:
-    lookahead = 1 if "td1f1b" in layout else 0
-    reference = run(tmp_path / "alone", lookahead=1) if lookahead else alone
-    same(run(tmp_path, layout=layout, lookahead=lookahead), reference)
-
-
-def test_so_does_prioritised_rainbow_with_lookahead_and_a_lag(tmp_path: Path) -> None:
-    settings = {"agent": "rainbow", "lookahead": 1, "prefetch": 1, "actor_lag": 1, "min_replay": 500}
-    reference = run(tmp_path / "alone", **settings)
-    same(run(tmp_path, layout="dp2", **settings), reference)
-    same(run(tmp_path, layout="pp2-td1f1b/m2", **settings), reference)
-
-
-@pytest.mark.parametrize("lag", [0, 2])
-def test_acting_ranks_play_what_the_learners_would(lag: int, alone: TrainResult, tmp_path: Path) -> None:
-    reference = run(tmp_path / "alone", actor_lag=lag) if lag else alone
-    same(run(tmp_path, layout="pp2-1f1b/m2", actors="workers", actor_lag=lag), reference)
+def test_these_runs_differ_from_each_other(references: dict[str, TrainResult]) -> None:
+    assert len({result.episodes for result in references.values()}) == len(references) == 4
 
 
 @pytest.mark.parametrize("settings", [{"layout": "pp2-1f1b/m2"}, {"actors": "workers", "round_steps": 20}])
 def test_simulators_may_take_longer_than_messages(settings: dict[str, Any], tmp_path: Path) -> None:
     """Filling replay takes 10 s and a chunk of twenty steps 8 s, where a message of an update may take 5 s."""
-    result = run(
+    config = small(
         tmp_path,
+        dtype="float64",
         env="tests.train.slow:mpdqn-tests/Slow-v0",
         network="tests/train/network.py:make_network",
         frames=320,
@@ -63,4 +96,4 @@ def test_simulators_may_take_longer_than_messages(settings: dict[str, Any], tmp_
         log_every=1_000,
         **settings,
     )
-    assert result.rows[-1]["updates"] == 30
+    assert train(config).rows[-1]["updates"] == 30
