@@ -1,10 +1,10 @@
 """Memory and speed of replay, beside TorchRL's shipped DQN and Stable-Baselines3.
 
     pip install -e ".[peers]"                    Stable-Baselines3, whose rows are else left out
-    python -m experiments.replay [--smoke]       about 8 minutes on 2 cores; run again, it goes on
+    python -m experiments.replay [--smoke]       about 10 minutes on 2 cores; run again, it goes on
 
 Each contender has a process of its own; they take turns. mpdqn is measured with as many transitions as the peers can
-hold and with a million, where a peer would need 53 or 210 GiB. Needs 9 GiB of memory and 3 GiB of disk.
+hold and with a million, where a peer would need 53 or 210 GiB. Needs 15 GiB of memory and 3 GiB of disk.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from pathlib import Path
 import torch
 import tyro
 
-from experiments.peers.replay_mpdqn import VirtualShardsReplay
+from experiments.peers.replay_mpdqn import BareFrames, VirtualShardsReplay
 from experiments.peers.replay_sb3 import StableBaselinesReplay
 from experiments.peers.replay_table import MEMORY, replay_table
-from experiments.peers.replay_task import BATCH, ENVIRONMENTS, Replay
+from experiments.peers.replay_task import BATCH, ENVIRONMENTS, Memory, Replay
 from experiments.peers.replay_torchrl import TorchRLReplay
 from mpdqn.bench.harness import Isolated, interleave
 from mpdqn.records import RECORDS, Environment, Record, Value, append_records, read_records
 
-INSERT, UNIFORM, PRIORITIZED = "insert", "sample uniformly", "sample by priority"
+INSERT, FILL, UNIFORM, PRIORITIZED = "insert", "insert into new memory", "sample uniformly", "sample by priority"
 PEER = "TorchRL as shipped"
 SHARDS = 4
-BARS = {MEMORY: "≤ 6.7", INSERT: "≥ 60,000", UNIFORM: "≥ 2,500", PRIORITIZED: "≥ 1,200"}
+BARS = {MEMORY: "≤ 6.7", INSERT: "≥ 60,000", FILL: "≥ 60,000", UNIFORM: "≥ 2,500", PRIORITIZED: "≥ 1,200"}
 RECORDED = {MEMORY: "210", INSERT: "42,000", UNIFORM: "832"}
 """The shipped TorchRL example's figures when this project began: two cores of another machine."""
 
@@ -88,14 +88,42 @@ def contenders(config: Config, workload: str, scratch: Path) -> dict[str, Callab
 
 
 def contender(make: Callable[[], Replay], workload: str, size: int) -> Callable[[], None]:
-    """One call of ``workload`` on a buffer that is full, if it is sampled from."""
+    """One call of ``workload`` on a buffer that is full."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     replay = make()
-    if workload == INSERT:
-        return replay.insert
     for _ in range(-(-size // ENVIRONMENTS) + 8):
         replay.insert()
-    return replay.sample
+    return replay.insert if workload == INSERT else replay.sample
+
+
+def processes_of(config: Config, workload: str, scratch: Path) -> dict[str, Callable[[], Callable[[], None]]]:
+    """Who takes part in ``workload``: name -> what its process calls to get what it then calls again and again."""
+    if workload == FILL:
+        ours = functools.partial(VirtualShardsReplay, config.large, SHARDS, prioritized=False)
+        bare = functools.partial(BareFrames, config.large)
+        return {
+            f"mpdqn, {config.large:,}": functools.partial(Filling, ours, config.large),
+            f"frames alone, {config.large:,}": functools.partial(Filling, bare, config.large),
+        }
+    sizes = {f"mpdqn, {config.large:,}": config.large}
+    return {
+        who: functools.partial(contender, make, workload, sizes.get(who, config.small))
+        for who, make in contenders(config, workload, scratch).items()
+    }
+
+
+class Filling:
+    """Inserts into a new buffer, and into another one when that is full."""
+
+    def __init__(self, make: Callable[[], Memory], size: int) -> None:
+        self._make, self._size, self._left = make, size, 0
+
+    def __call__(self) -> None:
+        """One step of all environments."""
+        if self._left <= 0:
+            self._replay, self._left = self._make(), self._size
+        self._replay.insert()
+        self._left -= ENVIRONMENTS
 
 
 def has_sb3() -> bool:
@@ -152,12 +180,11 @@ def main(config: Config) -> None:
     }
     with tempfile.TemporaryDirectory(prefix="replay-", dir=config.scratch) as scratch:
         records = measure_memory(config, contenders(config, MEMORY, Path(scratch)), common)
-        for workload in (INSERT, UNIFORM, PRIORITIZED):
+        for workload in (INSERT, FILL, UNIFORM, PRIORITIZED):
             with contextlib.ExitStack() as stack:
                 processes = {}
-                for who, make in contenders(config, workload, Path(scratch)).items():
-                    size = config.large if who == f"mpdqn, {config.large:,}" else config.small
-                    processes[who] = Isolated(functools.partial(contender, make, workload, size))
+                for who, make in processes_of(config, workload, Path(scratch)).items():
+                    processes[who] = Isolated(make)
                     stack.callback(processes[who].close)
                 records += interleave(
                     "replay",
@@ -167,7 +194,8 @@ def main(config: Config) -> None:
                     rounds=rounds,
                     seconds=seconds,
                     seed=config.seed,
-                    settings=common | {"per_call": ENVIRONMENTS if workload == INSERT else 1, "batch_size": BATCH},
+                    settings=common
+                    | {"per_call": ENVIRONMENTS if workload in (INSERT, FILL) else 1, "batch_size": BATCH},
                 )
     table = replay_table(
         records,
@@ -177,6 +205,8 @@ def main(config: Config) -> None:
         notes=(
             f"mpdqn: {SHARDS} virtual shards × {ENVIRONMENTS // SHARDS} environments in one process unless it says one "
             f"shard; {PEER} holds {config.small:,}",
+            "buffers are full, and the oldest transitions overwritten, unless it says new memory; frames alone: what "
+            "it takes to write one frame a transition there, one after the other",
             *([missing] if missing else []),
         ),
     )

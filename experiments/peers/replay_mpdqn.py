@@ -1,4 +1,4 @@
-"""mpdqn's virtual shards, as the trainer builds them."""
+"""mpdqn's virtual shards, as the trainer builds them, and what their memory takes at least."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from experiments.peers.replay_task import BATCH, ENVIRONMENTS, FRAMES, random_fr
 from mpdqn.allocator import keep_freed_memory
 from mpdqn.dqn.prioritization import Prioritization
 from mpdqn.replay import VirtualShards
+from mpdqn.replay.rows import frame_rows
 
 
 class VirtualShardsReplay:
@@ -44,3 +45,17 @@ class VirtualShardsReplay:
         """See `Replay`."""
         self._shards.sample(BATCH, self._update)
         self._update += 1
+
+
+class BareFrames:
+    """Frames written to memory one after the other, with nothing beside: no replay can fill faster than that."""
+
+    def __init__(self, size: int) -> None:
+        self._rows = frame_rows((size, 1, *FRAMES[1:]), None)
+        self._frames, self._next = random_frames()[:, -1:], 0
+
+    def insert(self) -> None:
+        """See `Memory`."""
+        begin = self._next % (len(self._rows) - ENVIRONMENTS + 1)
+        self._rows[begin : begin + ENVIRONMENTS] = self._frames
+        self._next = begin + ENVIRONMENTS

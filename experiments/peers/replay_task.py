@@ -15,14 +15,18 @@ BATCH = 32
 """Transitions of one sample."""
 
 
-class Replay(Protocol):
+class Memory(Protocol):
+    """What frames can be written to."""
+
+    def insert(self) -> None:
+        """Store one step of `ENVIRONMENTS` environments."""
+
+
+class Replay(Memory, Protocol):
     """One contender's buffer."""
 
     bytes_per_transition: float
     """Bytes of the buffer's tensors when it is full, over its capacity."""
-
-    def insert(self) -> None:
-        """Store one step of `ENVIRONMENTS` environments."""
 
     def sample(self) -> None:
         """Take `BATCH` transitions, as tensors."""

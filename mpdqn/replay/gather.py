@@ -11,7 +11,7 @@ of the same stack + 1:
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -41,19 +41,9 @@ def gather(parts: Sequence[tuple[Shard, NDArray[np.int64]]], weight: Tensor | No
     rows = ring + (at + np.arange(n)) % like.length
     for shard, part in _slices(parts):
         np.take(shard.records, rows[part], 0, steps[part], mode="clip")  # "raise" would go through a copy
-    terminated = steps["terminated"]
-    done = terminated | steps["truncated"]
-    taken = done.cumsum(1) - done == 0  # [B, n]: step i was taken, as the episode did not end before it
-    num_steps = taken.sum(1)
-    reward = steps["reward"].astype(np.float64)
-    if like.clip_rewards:
-        reward = np.clip(reward, -1.0, 1.0)
-    returns = np.zeros(count)
-    for i in range(n):
-        returns += like.discounts[i] * reward[:, i] * taken[:, i]
-    discount = like.discounts[num_steps] * ~(terminated & taken).any(1)
+    returns, discount, num_steps = _returns(like, steps)
 
-    if n == 1:
+    if num_steps is None:
         offsets, skip = np.arange(1 - stack, 2)[None], 1
     else:
         back = np.broadcast_to(np.arange(1 - stack, 1), (count, stack))
@@ -74,9 +64,27 @@ def gather(parts: Sequence[tuple[Shard, NDArray[np.int64]]], weight: Tensor | No
         action=torch.from_numpy(steps["action"][:, 0].copy()),
         reward=torch.from_numpy(returns.astype(np.float32)),
         discount=torch.from_numpy(discount.astype(np.float32)),
-        weight=torch.ones(count) if weight is None else weight,
+        weight=torch.from_numpy(np.ones(count, np.float32)) if weight is None else weight,
         index=torch.from_numpy(index),
     )
+
+
+def _returns(
+    like: Shard, steps: NDArray[Any]
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.int64] | None]:
+    """Returns and discounts [B] of records [B, n], and how many of the n steps were taken [B]; None if all were."""
+    reward, terminated = steps["reward"].astype(np.float64), steps["terminated"]
+    if like.clip_rewards:
+        np.minimum(np.maximum(reward, -1.0, out=reward), 1.0, out=reward)
+    if like.n_step == 1:
+        return like.discounts[0] * reward[:, 0], like.discounts[1] * ~terminated[:, 0], None
+    done = terminated | steps["truncated"]
+    taken = done.cumsum(1) - done == 0  # step i was taken, as the episode did not end before it
+    num_steps = taken.sum(1)
+    returns = np.zeros(len(steps))
+    for i in range(like.n_step):
+        returns += like.discounts[i] * reward[:, i] * taken[:, i]
+    return returns, like.discounts[num_steps] * ~(terminated & taken).any(1), num_steps
 
 
 def index_of(parts: Sequence[tuple[Shard, NDArray[np.int64]]]) -> NDArray[np.int64]:

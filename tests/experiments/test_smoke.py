@@ -90,7 +90,7 @@ def test_replay_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert table in output
     records = list(read_records(tmp_path / RECORDS))
     assert {record.settings["workload"] for record in records} == {
-        *("memory", "insert", "sample uniformly", "sample by priority")
+        *("memory", "insert", "insert into new memory", "sample uniformly", "sample by priority")
     }
     bytes_of = {
         str(record.settings["contender"]): record.values["bytes_per_transition"]
