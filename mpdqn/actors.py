@@ -209,6 +209,7 @@ class Actors:
             total_frames=-1,
             trust_policy=True,
             track_traj_ids=False,
+            return_same_td=True,  # chunk after chunk in the same memory
         )
         self._chunks: Iterator[Any] = iter(self._collector)
         self.steps_played = 0
