@@ -49,13 +49,13 @@ def gather(parts: Sequence[tuple[Shard, NDArray[np.int64]]], weight: Tensor | No
         back = np.broadcast_to(np.arange(1 - stack, 1), (count, stack))
         offsets, skip = np.concatenate([back, num_steps[:, None] + back], axis=1), stack
     frames = torch.empty(count, offsets.shape[1], *like.frame_shape, dtype=torch.uint8)
-    pixels = frames.numpy()
     rows = ring + (at + offsets) % like.length
-    for shard, part in _slices(parts):
-        np.take(shard.frames, rows[part], 0, pixels[part], mode="clip")
+    for shard, part in _slices(parts):  # by torch's threads: frames that lie far apart are waited for together
+        wanted = torch.from_numpy(rows[part].reshape(-1))
+        torch.index_select(torch.from_numpy(shard.frames), 0, wanted, out=frames[part].flatten(0, 1))
     before = steps["step"][:, :1] + offsets < 0  # frames of before the episode
     if before.any():
-        pixels[before] = 0
+        frames.numpy()[before] = 0
 
     stacks = frames.flatten(1, 2)
     return Batch(

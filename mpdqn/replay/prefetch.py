@@ -33,7 +33,8 @@ class Prefetcher:
     def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device, self._dtype = device, dtype
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
+        # It has torch threads of its own; one leaves the learner its own.
+        self._thread = ThreadPoolExecutor(1, "prefetch", initializer=torch.set_num_threads, initargs=(1,))
         self._coming: Future[Batch] | None = None
 
     def __enter__(self) -> Self:
