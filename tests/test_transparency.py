@@ -28,7 +28,8 @@ def small_matrix() -> Iterator[Case]:
             yield Case(family="nature", data=d, pipeline=p, schedule=schedule, m=m)
         yield Case(family="impala", data=d, pipeline=p, schedule="1f1b" if m in (1, 4) else "gpipe", m=m)
     for d, p in LAYOUTS:
-        yield Case(family="resnet18", data=d, pipeline=p, schedule="1f1b", m=4, batch_size=8)
+        if (d, p) in ((1, 1), (1, 2), (2, 2)):  # half a minute for five
+            yield Case(family="resnet18", data=d, pipeline=p, schedule="1f1b", m=4, batch_size=8)
         yield Case(family="nature", data=d, pipeline=p, m=4, agent="dqn", optimizer="sgd", shards=2)
         yield Case(family="impala", data=d, pipeline=p, m=4, head="dueling", memory_format="channels_last")
         yield Case(family="nature", data=d, pipeline=p, schedule="1f1b", m=4, dtype="float32")
@@ -226,7 +227,7 @@ def test_two_runs_of_a_layout_are_bit_identical() -> None:
     cases = [
         Case(family="impala", data=d, pipeline=p, schedule=schedule, m=4, dtype=dtype)
         for d, p in LAYOUTS
-        for schedule in ("gpipe", "1f1b")
+        for schedule in (("gpipe", "1f1b") if p > 1 else ("gpipe",))
         for dtype in ("float32", "float64")
     ]
     cases += [
