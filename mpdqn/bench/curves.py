@@ -39,6 +39,7 @@ _LOOKS = (
     ("#000000", (0, (8, 3))),
 )
 _GRID = 200  # points of a line
+_TWO_COLUMNS = 26  # letters of a label with which the legend's two columns are no wider than the figure
 
 Band = Literal["min-max", "interval"]
 
@@ -140,7 +141,8 @@ def curves_figure(lines: Sequence[Curve], config: CurvesConfig) -> Any:
         axes.set_xlim(left=0)
         axes.grid(color="#DDDDDD", linewidth=0.6)
         axes.set_axisbelow(True)
-        figure.legend(loc="outside lower center", ncols=min(2, len(lines)), frameon=False)
+        short = max(len(line.label) for line in lines) <= _TWO_COLUMNS
+        figure.legend(loc="outside lower center", ncols=2 if short and len(lines) > 1 else 1, frameon=False)
         if any(line.runs > 1 for line in lines):
             what = "smallest to largest run" if config.band == "min-max" else "95 % bootstrap interval over runs"
             name = "IQM" if config.average == "iqm" else "mean"

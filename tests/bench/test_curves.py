@@ -111,6 +111,17 @@ def test_lines_differ_in_grey_print() -> None:
     assert drawn.get_ylabel() == "evaluation return"
 
 
+@pytest.mark.parametrize("letters", [4, 26, 27, 45])
+def test_the_legend_fits_into_the_figure(letters: int) -> None:
+    x = np.arange(3.0)
+    lines = [Curve(label="e" * letters, runs=1, frames=x, average=x, low=x, high=x) for _ in range(2)]
+    figure = curves_figure(lines, CurvesConfig(runs=()))
+    figure.draw_without_rendering()
+    box, (legend,) = figure.bbox, figure.legends
+    found = legend.get_window_extent()
+    assert box.x0 <= found.x0 < found.x1 <= box.x1
+
+
 def test_what_cannot_be_drawn(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no runs to draw"):
         curves(CurvesConfig(runs=()))
