@@ -157,9 +157,11 @@ def default_layouts(
     texts = ["single@all", f"single@all{m}"]
     if not devices:
         texts = ["single@1", f"single@1{m}", *texts]
+    sizes = [2]
     # Two processes hold d = 2 or p = 2, and four also 2 × 2, if the shards can be dealt to two.
-    two_will_do = world_size is None or world_size <= 2 or (world_size == 4 and num_shards % 2 == 0)
-    for n in [2] if world_size is None or two_will_do else [2, world_size]:
+    if world_size is not None and world_size > 2 and (world_size != 4 or num_shards % 2):
+        sizes.append(world_size)
+    for n in sizes:
         replicas = [d for d in range(1, n + 1) if num_shards % d == 0]
         both = max(d for d in replicas if d <= max(2, n // 2))
         alone, paired = ("+stacked" if 0 < devices < ranks else "" for ranks in (n, 2 * both))

@@ -589,9 +589,8 @@ TEETH = (
     Tooth(values_of_before_the_refresh, AHEAD, "td_errors"),
     Tooth(gaps_filled_with_this_batch, AHEAD, "td_errors"),
     Tooth(swapped_values_of_the_next_batch, AHEAD, "td_errors"),
-    Tooth(
-        values_of_the_step_before, replace(AHEAD, agent="rainbow"), "td_errors"
-    ),  # noise makes other choices each time
+    # Rainbow's noise makes other choices in each step.
+    Tooth(values_of_the_step_before, replace(AHEAD, agent="rainbow"), "td_errors"),
     Tooth(lost_weight_gradients_of_a_microbatch, SPLIT, "gradients"),
     Tooth(weight_gradients_twice, tiny_case("zbv"), "gradients"),
     Tooth(split_that_loses_the_gradient_of_the_input, SPLIT, "gradients"),
