@@ -64,13 +64,13 @@ def reserve(sizes: Mapping[Path, int]) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(next(iter(sizes))).free if sizes else 0
         if sum(sizes.values()) > free:
-            raise _full(sizes, free)
+            raise full(sum(sizes.values()), free, next(iter(sizes)).parent)
         for folder, size in sizes.items():
             with (folder / FRAMES).open("xb") as file:
                 try:
                     os.posix_fallocate(file.fileno(), 0, size)
                 except OSError as error:  # others write there too, or a quota says so
-                    raise _full(sizes, shutil.disk_usage(folder).free) from error
+                    raise full(sum(sizes.values()), shutil.disk_usage(folder).free, folder.parent) from error
     except OSError:
         for folder in sizes:
             (folder / FRAMES).unlink(missing_ok=True)
@@ -79,8 +79,8 @@ def reserve(sizes: Mapping[Path, int]) -> None:
         raise
 
 
-def _full(sizes: Mapping[Path, int], free: int) -> OSError:
-    needed, where = sum(sizes.values()), next(iter(sizes)).parent
+def full(needed: int, free: int, where: Path) -> OSError:
+    """What to raise where ``needed`` bytes of frames do not go into the ``free`` bytes of folder ``where``."""
     return OSError(
         f"replay needs {needed} bytes ({needed / 2**30:.2f} GiB) in {where} but {free} bytes ({free / 2**30:.2f} GiB) "
         f"are free; make room, choose another directory, or lower the capacity to {free / needed:.0%} of what it is"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +21,8 @@ from mpdqn.logs import check_logs
 from mpdqn.mesh import check_device, launched, launched_local_world_size, launched_world_size
 from mpdqn.plan import RECOMPUTATION
 from mpdqn.records import Environment
+from mpdqn.replay.rows import full
+from mpdqn.replay.shard import ring_shape
 from mpdqn.schedule import SCHEDULES
 from mpdqn.train.config import TrainConfig, TrainJob
 
@@ -96,6 +100,10 @@ def check(config: TrainConfig) -> TrainJob:
             raise ValueError(
                 f"--replay-dir {config.replay_dir} already holds {held[0].name}; delete it or choose another"
             )
+        if (
+            not launched() or launched_local_world_size() == launched_world_size()
+        ):  # else hosts share it, or have their own
+            _check_space(job, config.replay_dir)
     return job
 
 
@@ -203,6 +211,16 @@ def _check_network(job: TrainJob) -> None:
             f"layout {job.layout.name} wants p·v = {job.layout.parallelism.num_stages} stages but {job.network_name} "
             f"has {trained} layers with parameters to train, and every stage needs one; use at most that many stages"
         )
+
+
+def _check_space(job: TrainJob, folder: Path) -> None:
+    """Raise ValueError if the frames of all shards do not go into ``folder``."""
+    spec, config = job.spec, job.config
+    each = -(-job.settings.capacity // config.num_shards)
+    shape = ring_shape(spec.observation_shape, each, config.envs_per_shard, spec.stack, job.settings.n_step)
+    needed, free = config.num_shards * math.prod(shape), shutil.disk_usage(folder).free
+    if needed > free:
+        raise ValueError(str(full(needed, free, folder)))
 
 
 def check_writable(out: Path, flag: str = "--out") -> None:

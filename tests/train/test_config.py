@@ -107,3 +107,10 @@ def test_runs_that_differ_in_one_setting_have_other_records(tmp_path: Path) -> N
 def test_a_schedule_whose_gaps_stay_empty_warns(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="set --lookahead 1"):
         check(small(tmp_path, layout="pp2-td1f1b/m4"))
+
+
+def test_a_disk_too_small_for_replay_is_named_before_any_work(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"replay needs \d+ bytes .* are free; make room"):
+        check(small(tmp_path / "runs", replay_dir=tmp_path, capacity=10**13))
+    assert not list(tmp_path.glob("shard-*"))
+    assert not list((tmp_path / "runs").iterdir()), "no run's folder either"
