@@ -12,7 +12,7 @@ from __future__ import annotations
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -212,7 +212,7 @@ class Actors:
             return_same_td=True,  # chunk after chunk in the same memory
         )
         self._chunks: Iterator[Any] = iter(self._collector)
-        self.steps_played = 0
+        self.steps_played, self._earlier_restarts = 0, 0
         self._returns, self._lengths = np.zeros(n), np.zeros(n, dtype=np.int64)
 
     def play(self) -> Chunk:
@@ -230,8 +230,41 @@ class Actors:
             truncated=truncated,
             next_frame=after["observation"][:, :, -channels:],
             episodes=tuple(self._ended(reward.numpy(), (terminated | truncated).numpy())),
-            restarts=self._environment.num_restarts,
+            restarts=self.restarts,
         )
+
+    def state(self) -> dict[str, Tensor]:
+        """Where the games are, for `load_state` of actors of the same environments; each tensor by environment first.
+
+        What `BatchedEnvironment.state` says, and of each running episode ``episode_return`` float64 [N] and ``length``
+        int64 [N]. ``restarts`` int64 [N] add up to those of the workers so far. Not while `play` runs.
+        """
+        restarts = torch.zeros(len(self._lengths), dtype=torch.int64)
+        restarts[0] = self.restarts
+        return self._environment.state() | {
+            "episode_return": torch.from_numpy(self._returns.copy()),
+            "length": torch.from_numpy(self._lengths.copy()),
+            "restarts": restarts,
+        }
+
+    @property
+    def restarts(self) -> int:
+        """Workers of the environments that died and were started again so far."""
+        return self._earlier_restarts + self._environment.num_restarts
+
+    def load_state(self, state: Mapping[str, Tensor], steps_played: int, begin_anew: bool = False) -> None:
+        """Go on from `state`, which was taken after ``steps_played`` steps; before the first `play`.
+
+        With ``begin_anew`` the episodes that were running are left, and the ones after them begin.
+
+        Raises:
+            ValueError: if an episode comes out differently when it is played again.
+        """
+        self._environment.load_state(state, begin_anew)
+        self._collector.reset()  # which resets no environment that was just brought to its place
+        self.steps_played, self._earlier_restarts = steps_played, int(state["restarts"].sum())
+        if not begin_anew:
+            self._returns, self._lengths = state["episode_return"].numpy().copy(), state["length"].numpy().copy()
 
     def _ended(self, reward: Any, done: Any) -> Iterator[Episode]:
         for t in range(len(reward)):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TypeVar
 
 import tyro
@@ -16,10 +18,11 @@ from mpdqn.mesh import PeerLost, launched_rank
 
 Config = TypeVar("Config")
 
-USAGE = """usage: mpdqn {compare,train,evaluate,curves} [flags]
+USAGE = """usage: mpdqn {compare,train,status,evaluate,curves} [flags]
 
   compare   measure data- and pipeline-parallel training of one network, side by side
-  train     train an agent on one environment, on any layout
+  train     train an agent on one environment, on any layout; or go on with a run that was stopped or killed
+  status    say how far a training run is, and what it can go on from
   evaluate  play episodes with a trained network, and score them
   curves    draw the learning curves of several runs in one figure
 
@@ -30,7 +33,8 @@ mpdqn COMMAND --help lists the flags of each.
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments`` (default: those of this process); returns the exit code.
 
-    0 is success, 2 bad input or a failed worker with one line of why, 130 an interruption.
+    0 is success, 2 bad input or a failed worker with one line of why, 75 a training run that was asked to stop
+    (SIGTERM) and wrote a checkpoint to go on from, 130 an interruption.
     """
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
@@ -40,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"mpdqn: unknown command {command!r}\n{USAGE}", end="", file=sys.stderr)
         return 2
     try:
-        COMMANDS[command](rest)
+        return COMMANDS[command](rest) or 0
     except (ValueError, OSError, WorkerError, ArithmeticError) as error:
         notes = "".join(getattr(error, "__notes__", ()))
         print(f"mpdqn {command}: {error}{notes}", file=sys.stderr)
@@ -52,7 +56,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"mpdqn {command}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    return 0
 
 
 # Each command loads its own part of the package only: `mpdqn curves` needs no environments.
@@ -67,12 +70,28 @@ def _compare(flags: list[str]) -> None:
         print(f"\n{comparison.table.markdown()}\n{comparison.verdict}\n\nWritten to {comparison.folder}/")
 
 
-def _train(flags: list[str]) -> None:
+def _train(flags: list[str]) -> int:
     from mpdqn.train import TrainConfig, train
+    from mpdqn.train.resume import recorded_config
+    from mpdqn.train.stop import EXIT_RESUMABLE
 
-    result = train(_parse(TrainConfig, "train", flags))
+    # What a run was told before is the default of all other flags.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--resume", type=Path)
+    folder = first.parse_known_args(flags)[0].resume
+    default = None if folder is None else recorded_config(folder)
+    result = train(_parse(TrainConfig, "train", flags, default))
     if launched_rank() == 0:
         print(result.summary())
+    return 0 if result.stopped_at is None else EXIT_RESUMABLE
+
+
+def _status(flags: list[str]) -> None:
+    from mpdqn.train.status import describe
+
+    parser = argparse.ArgumentParser(prog="mpdqn status", description="How far a training run is.")
+    parser.add_argument("folder", type=Path, help="the run's folder")
+    print(describe(parser.parse_args(flags).folder))
 
 
 def _evaluate(flags: list[str]) -> None:
@@ -88,13 +107,17 @@ def _curves(flags: list[str]) -> None:
     print("\n".join(f"Written to {path}" for path in curves(_parse(CurvesConfig, "curves", flags))))
 
 
-def _parse(config: type[Config], command: str, flags: list[str]) -> Config:
-    return tyro.cli(config, prog=f"mpdqn {command}", args=flags, config=(tyro.conf.FlagCreatePairsOff,))
+def _parse(config: type[Config], command: str, flags: list[str], default: Config | None = None) -> Config:
+    options = (tyro.conf.FlagCreatePairsOff,)
+    if default is not None:
+        return tyro.cli(config, prog=f"mpdqn {command}", args=flags, default=default, config=options)
+    return tyro.cli(config, prog=f"mpdqn {command}", args=flags, config=options)
 
 
-COMMANDS: Mapping[str, Callable[[list[str]], None]] = {
+COMMANDS: Mapping[str, Callable[[list[str]], int | None]] = {
     "compare": _compare,
     "train": _train,
+    "status": _status,
     "evaluate": _evaluate,
     "curves": _curves,
 }

@@ -29,6 +29,7 @@ import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import cloudpickle
@@ -37,7 +38,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from mpdqn.mesh import launched_rank, tells_of_lost_peer
+from mpdqn.mesh import launched_local_world_size, launched_rank, tells_of_lost_peer
 
 GRACE_S = 3.0
 """Seconds for which a worker that lost its peer waits before it fails, so that the peer's own failure is seen first."""
@@ -69,7 +70,9 @@ def check_port(port: int) -> None:
             ) from error
 
 
-def launch(function: Callable[..., Any], *args: Any, num_workers: int, port: int = 0) -> list[Any]:
+def launch(
+    function: Callable[..., Any], *args: Any, num_workers: int, port: int = 0, forward_sigterm: bool = False
+) -> list[Any]:
     """Run ``function(*args)`` in ``num_workers`` processes on this host and return their results by rank.
 
     The function and its arguments are pickled by value where they come from ``__main__``, so that scripts and notebooks
@@ -80,6 +83,8 @@ def launch(function: Callable[..., Any], *args: Any, num_workers: int, port: int
         args: the same for every worker.
         num_workers: how many processes, at least 1.
         port: the rendezvous' TCP port on the loopback interface; 0 for a free one.
+        forward_sigterm: SIGTERM is for the function to see in each worker, and ends nothing by itself; a second one
+            does.
 
     Raises:
         ValueError: for a port that cannot be used, before any worker starts.
@@ -104,14 +109,21 @@ def launch(function: Callable[..., Any], *args: Any, num_workers: int, port: int
             logs_specs=DefaultLogsSpecs(log_dir=str(job / "agent")),  # or it would leave a folder behind
         )
         try:
-            with _quiet_agent(), _environment(_worker_environment()):
+            with (
+                _quiet_agent(),
+                _environment(_worker_environment()),
+                _Forwarding(run_id if forward_sigterm else None) as forwarding,
+            ):
                 elastic_launch(config, sys.executable)("-m", "mpdqn.launch", str(job), str(os.getpid()))
         except RendezvousError as error:
             raise ValueError(
                 f"the workers' rendezvous on port {port} failed: {error}; choose another --port"
             ) from error
         except ChildFailedError as error:
-            raise _first_cause(job, error.failures, num_workers) from None
+            cause = _first_cause(job, error.failures, num_workers)
+            if forwarding.done and "SIGTERM" in str(cause):  # it came before the function had begun
+                raise KeyboardInterrupt("stopped by SIGTERM") from None
+            raise cause from None
         except SignalException as error:
             raise KeyboardInterrupt(f"stopped by {error.sigval.name}") from None
         finally:
@@ -187,7 +199,7 @@ def _end_remaining(run_id: str) -> None:
     The launcher's variable TORCHELASTIC_RUN_ID, which they inherit, tells them. Most notice by themselves that their
     worker is gone and clean up behind it, so that they get some time for it.
     """
-    mark = f"TORCHELASTIC_RUN_ID={run_id}".encode()
+    mark = _mark(run_id)
     patience = time.monotonic() + GRACE_S
     while left := [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if mark in _environ(pid)]:
         late = time.monotonic() - patience
@@ -197,6 +209,30 @@ def _end_remaining(run_id: str) -> None:
         if late > GRACE_S:  # it hangs in the kernel, where no signal reaches it
             return
         time.sleep(0.05)
+
+
+def a_peer_ended() -> bool:
+    """Whether one of the processes that were started with this one, by the same launcher on this host, has ended."""
+    mark = _mark(os.environ.get("TORCHELASTIC_RUN_ID", ""))
+    return len(_workers_of(os.getppid(), mark)) < launched_local_world_size()
+
+
+def _workers_of(parent: int, mark: bytes) -> list[int]:
+    """The children of process ``parent`` that were started with ``mark`` in their environment."""
+    everyone = map(int, filter(str.isdigit, os.listdir("/proc")))
+    return [pid for pid in everyone if _parent(pid) == parent and mark in _environ(pid)]
+
+
+def _mark(run_id: str) -> bytes:
+    """What tells a process of the run, and all that it started, in their environment."""
+    return f"TORCHELASTIC_RUN_ID={run_id}".encode()
+
+
+def _parent(pid: int) -> int:
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, IndexError):
+        return -1
 
 
 def _environ(pid: int) -> list[bytes]:
@@ -236,6 +272,33 @@ class _environment:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+
+
+class _Forwarding:
+    """SIGTERM handed on to the workers of a run instead of ending them, in the main thread; with None as it is."""
+
+    def __init__(self, run_id: str | None) -> None:
+        self._wanted = run_id is not None and threading.current_thread() is threading.main_thread()
+        self._run_id, self.done = run_id, False
+
+    def __enter__(self) -> _Forwarding:
+        if self._wanted:
+            # The agent sets its handlers for those that are named here.
+            os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
+            self._before = signal.signal(signal.SIGTERM, self._forward)
+        return self
+
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        if self.done:
+            raise SignalException("stopped by a second SIGTERM", signal.SIGTERM)
+        self.done = True
+        for pid in _workers_of(os.getpid(), _mark(self._run_id or "")):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+
+    def __exit__(self, *_: object) -> None:
+        if self._wanted:
+            signal.signal(signal.SIGTERM, self._before)
 
 
 class _quiet_agent:

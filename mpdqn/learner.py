@@ -124,7 +124,7 @@ class Learner:
                     f"stage {stage.index} ({', '.join(layers)}) has 0 parameters to train; cut it elsewhere"
                 )
         self._parameters = {stage.index: [p for _, p in stage.named_parameters()] for stage in self.stages}
-        self._optimizer = make_optimizer(list(self.parameters()), self.config)
+        self.optimizer = make_optimizer(list(self.parameters()), self.config)
 
     def _planned_table(self) -> ActionTable:
         layout = self.plan.parallelism
@@ -200,7 +200,7 @@ class Learner:
         """
         self._check(batch, upcoming)
         self.stopwatch.restart()
-        self._optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=True)
         refresh = (self.update + 1) % self.config.target_period == 0
         late = len(self.table.ahead) if self._prepared is None else 0
         now = None if batch is None else batch.to(self.mesh.device, self._dtype)
@@ -253,7 +253,7 @@ class Learner:
         self.stopwatch.mark("exchange", begin)
         begin = self.stopwatch.now()
         self._clip(grad_norm)
-        self._optimizer.step()
+        self.optimizer.step()
         self.update += 1
         self._upcoming = upcoming
         if refresh:

@@ -157,9 +157,12 @@ class World:
             self._message_groups[kind] = _new_group(range(self.size), limit, backend)
         return self._message_groups[kind]
 
-    def meeting(self, ranks: Sequence[int]) -> dist.ProcessGroup:
-        """A gloo group of ``ranks`` that may wait there for each other's work for long, as in the lobby. Collective."""
-        key = (tuple(ranks), "meeting")
+    def meeting(self, ranks: Sequence[int], purpose: str = "") -> dist.ProcessGroup:
+        """A gloo group of ``ranks`` that may wait there for each other's work for long, as in the lobby. Collective.
+
+        Threads that meet for different purposes have a group each.
+        """
+        key = (tuple(ranks), f"meeting {purpose}")
         if key not in self._groups:
             self._groups[key] = _new_group(key[0], LOBBY, "gloo")
         return self._groups[key]

@@ -91,12 +91,12 @@ def test_gradients_accumulate_over_steps(alone: World) -> None:
         obs = batch()
         gradients: list[list[Tensor]] = []
         for steps in (1, 2):
-            one._optimizer.zero_grad(set_to_none=True)
-            zero_grad, one._optimizer.zero_grad = one._optimizer.zero_grad, lambda set_to_none: None
+            one.optimizer.zero_grad(set_to_none=True)
+            zero_grad, one.optimizer.zero_grad = one.optimizer.zero_grad, lambda set_to_none: None
             one._clip = lambda norm: None  # type: ignore[method-assign]
             for _ in range(steps):
                 one.learn(obs)
-            one._optimizer.zero_grad = zero_grad
+            one.optimizer.zero_grad = zero_grad
             gradients.append([p.grad.clone() for p in one.parameters() if p.grad is not None])
         for once, twice in zip(*gradients, strict=True):
             torch.testing.assert_close(twice, 2 * once, rtol=1e-9, atol=1e-12)

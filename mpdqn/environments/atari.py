@@ -15,7 +15,7 @@ own, and the next episode of each, whose seed is known, is loaded beside the run
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -155,9 +155,32 @@ class AtariEnvironment(BatchedEnvironment):
             if (j := i - self._at_once) >= 0:
                 (stacks[j],), (reward[j],), (terminated[j],), (truncated[j],), _ = self._games[j].recv()
         for i in np.flatnonzero(self._step_in_episode == RESERVE_AFTER).tolist():
-            seed = self._episode_seed(i, int(self._episode[i]) + 1)
-            self._reserves[i] = self._reserve_loader.submit(self._load_reserve, seed)
+            self._begin_reserve(i)
         return stacks, reward, terminated, truncated
+
+    def _play_again(self, episodes: Mapping[int, tuple[int, NDArray[np.int64]]]) -> dict[int, NDArray[np.uint8]]:
+        """See `BatchedEnvironment`; the games one beside the other."""
+
+        def play(i: int, seed: int, actions: NDArray[np.int64]) -> NDArray[np.uint8]:
+            game, stack = _load(self._games[i], seed)
+            for k in range(len(actions)):
+                game.send(actions[k : k + 1])
+                (stack,), *_ = game.recv()
+            newest: NDArray[np.uint8] = np.array(stack[-1:])
+            return newest
+
+        frames = {i: self._loaders.submit(play, i, *episode) for i, episode in episodes.items()}
+        return {i: frame.result() for i, frame in frames.items()}
+
+    def _show(self, observation: NDArray[np.uint8]) -> None:
+        super()._show(observation)
+        for i in np.flatnonzero(self._step_in_episode > RESERVE_AFTER).tolist():
+            if i not in self._reserves:
+                self._begin_reserve(i)
+
+    def _begin_reserve(self, i: int) -> None:
+        seed = self._episode_seed(i, int(self._episode[i]) + 1)
+        self._reserves[i] = self._reserve_loader.submit(self._load_reserve, seed)
 
     def _load_reserve(self, seed: int) -> tuple[Any, Any]:
         return _load(self._spare.pop() if self._spare else self._make(), seed)

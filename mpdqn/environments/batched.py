@@ -11,6 +11,7 @@ and takes steps. `padded` and `pushed` keep stacks of frames for simulators that
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ class BatchedEnvironment(EnvBase):  # type: ignore[misc]
 
     Episode k of environment e is a function of ``keyed_seed("environment", seed, e, k)`` and the actions alone: neither
     the other environments nor the processes they live in matter. Resetting an environment that took no step since its
-    last reset leaves it as it is.
+    last reset, or since `load_state`, leaves it as it is.
 
     Args:
         spec: of one of the environments.
@@ -55,6 +56,9 @@ class BatchedEnvironment(EnvBase):  # type: ignore[misc]
     """
 
     num_restarts: int = 0
+    _over: NDArray[np.bool_]
+    _untouched: NDArray[np.bool_]
+    _played: NDArray[np.int64]
 
     def __init__(self, spec: EnvironmentSpec, *, num_envs: int, seed: int, first_index: int = 0) -> None:
         if num_envs < 1 or first_index < 0:
@@ -86,6 +90,66 @@ class BatchedEnvironment(EnvBase):  # type: ignore[misc]
         """Step all N environments, none of which is over, with ``action`` [N] or [N, D]; observations in new memory."""
         raise NotImplementedError
 
+    def _play_again(self, episodes: Mapping[int, tuple[int, NDArray[np.int64]]]) -> dict[int, NDArray[np.uint8]]:
+        """Bring the environments at these positions to where an episode's seed and actions [T] or [T, D] lead.
+
+        Returns the newest frame [c, H, W] of each.
+        """
+        raise NotImplementedError
+
+    def state(self) -> dict[str, Tensor]:
+        """Where the N environments are: what `load_state` of an equal one takes. None of them may be over.
+
+        ``observation`` uint8 [N, C, H, W]; ``episode`` and ``step`` int64 [N]; ``actions`` int64 [Σ step, …], those of
+        the running episodes, one environment's after the other's. No simulator needs to save its own state: an
+        episode is a function of its seed and its actions.
+        """
+        actions = self._played[np.arange(self._played.shape[1]) < self._step_in_episode[:, None]]
+        return {name: t.clone() for name, t in self._observed().items()} | {"actions": torch.from_numpy(actions)}
+
+    def load_state(self, state: Mapping[str, Tensor], begin_anew: bool = False) -> None:
+        """Go to where `state` was, by playing the running episodes again.
+
+        With ``begin_anew`` the next reset leaves those episodes and begins the ones after them.
+
+        Raises:
+            ValueError: if an episode comes out differently, as in another version of its simulator.
+        """
+        step = state["step"].numpy()
+        self._episode = state["episode"].numpy().copy()
+        self._untouched[:] = not begin_anew
+        if begin_anew:
+            self._over[:] = True
+            return
+        parts = np.split(state["actions"].numpy(), np.cumsum(step)[:-1])
+        seeds = [self._episode_seed(i, int(k)) for i, k in enumerate(self._episode)]
+        observation = state["observation"].numpy().copy()
+        channels = observation.shape[1] // self.spec.stack
+        frames = self._play_again({i: (seeds[i], part) for i, part in enumerate(parts)})
+        for i, frame in frames.items():
+            if not np.array_equal(frame, observation[i, -channels:]):
+                raise ValueError(
+                    f"environment {self.indices[i]} of {self.spec.name!r} shows another frame after the same {step[i]} "
+                    f"actions of episode {self._episode[i]}; it is another version of the simulator than before"
+                )
+        self._step_in_episode = step.copy()
+        self._over = np.zeros(len(step), dtype=bool)
+        self._make_room(int(step.max()))
+        for i, part in enumerate(parts):
+            self._played[i, : len(part)] = part
+        self._show(observation)
+
+    def _show(self, observation: NDArray[np.uint8]) -> None:
+        """Take ``observation`` [N, C, H, W] as what was observed last."""
+        self._observation = observation
+
+    def _make_room(self, steps: int) -> None:
+        """Have room for the actions of ``steps`` steps of every episode."""
+        n, room, *rest = self._played.shape
+        if steps > room:
+            more = np.zeros((n, max(steps, 2 * room) - room, *rest), np.int64)
+            self._played = np.concatenate([self._played, more], axis=1)
+
     def _set_seed(self, seed: int | None) -> None:
         """Start over: the next reset begins episode 0 of ``seed`` everywhere."""
         if seed is None:
@@ -95,17 +159,20 @@ class BatchedEnvironment(EnvBase):  # type: ignore[misc]
         self._episode = np.full(n, -1)
         self._step_in_episode = np.zeros(n, dtype=np.int64)
         self._over = np.ones(n, dtype=bool)
+        self._untouched = np.zeros(n, dtype=bool)
+        # The actions of each running episode, as many as it has steps; there is room for more.
+        self._played = np.zeros((n, 256, *self.spec.action_shape), np.int64)
 
     def _reset(self, tensordict: Any = None, **_: Any) -> Any:
         asked = np.ones(len(self.indices), dtype=bool)
         if tensordict is not None and (mask := tensordict.get("_reset", None)) is not None:
             asked = mask.reshape(-1).numpy()
-        fresh = (self._episode >= 0) & (self._step_in_episode == 0)
-        asked = asked & ~fresh
+        asked = asked & ~self._untouched
         if asked.any():
             self._episode[asked] += 1
             self._step_in_episode[asked] = 0
             self._over[asked] = False
+            self._untouched[asked] = True
             which = np.flatnonzero(asked)
             self._observation = self._begin(which, [self._episode_seed(int(i), int(self._episode[i])) for i in which])
         over = _column(self._over)
@@ -126,6 +193,9 @@ class BatchedEnvironment(EnvBase):  # type: ignore[misc]
                 f"actions are 0 to {self.num_actions - 1} in {self.spec.name!r} but were {action.tolist()}"
             )
         self._observation, reward, terminated, truncated = self._advance(action)
+        self._make_room(int(self._step_in_episode.max()) + 1)
+        self._played[np.arange(len(action)), self._step_in_episode] = action
+        self._untouched[:] = False
         self._step_in_episode += 1
         self._over = terminated | truncated
         return TensorDict(

@@ -9,6 +9,7 @@ without a limit; here an episode is truncated after 10,000 steps, or a good play
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -127,16 +128,32 @@ class MinAtarEnvironment(BatchedEnvironment):
         return self._drawn()
 
     def _advance(self, action: NDArray[np.int64]) -> Outcome:
-        n, cells, last = len(self._games), self._cells, self._last_action
+        n, cells = len(self._games), self._cells
         rewards, terminated = [0] * n, [False] * n
-        for i, (game, chosen) in enumerate(zip(self._games, self._actions[action].tolist(), strict=True)):
-            if game.random.rand() >= STICKY_ACTION_PROBABILITY:
-                last[i] = chosen
-            rewards[i], terminated[i] = game.act(last[i])
-            cells[i] = game.state()
+        for i, chosen in enumerate(self._actions[action].tolist()):
+            rewards[i], terminated[i] = self._act(i, chosen)
+            cells[i] = self._games[i].state()
         over = np.array(terminated, dtype=bool)
         truncated = ~over & (self._step_in_episode + 1 >= self._max_episode_steps)
         return self._drawn(), np.array(rewards, dtype=np.float32), over, truncated
+
+    def _act(self, i: int, chosen: int) -> tuple[int, bool]:
+        """Game i with the action ``chosen``, unless the one before sticks; reward and whether the episode is over."""
+        game, last = self._games[i], self._last_action
+        if game.random.rand() >= STICKY_ACTION_PROBABILITY:
+            last[i] = chosen
+        reward, terminated = game.act(last[i])
+        return reward, terminated
+
+    def _play_again(self, episodes: Mapping[int, tuple[int, NDArray[np.int64]]]) -> dict[int, NDArray[np.uint8]]:
+        """See `BatchedEnvironment`."""
+        self._begin(np.array(list(episodes)), [seed for seed, _ in episodes.values()])
+        for i, (_, actions) in episodes.items():
+            for chosen in self._actions[actions].tolist():
+                self._act(i, chosen)
+            self._cells[i] = self._games[i].state()
+        drawn = self._drawn()
+        return {i: drawn[i] for i in episodes}
 
     def _drawn(self) -> NDArray[np.uint8]:
         return np.ascontiguousarray(self._cells.transpose(0, 3, 1, 2)).view(np.uint8) * np.uint8(255)

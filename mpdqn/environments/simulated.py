@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +29,10 @@ class Crew(Protocol):
         """Take one action in each of the N."""
         ...
 
+    def replay(self, episodes: dict[int, tuple[int, list[Any]]]) -> dict[int, NDArray[np.uint8]]:
+        """Go where each seed and its actions lead; the last frames [C, H, W]."""
+        ...
+
     def close(self) -> None:
         """Free the simulators."""
         ...
@@ -48,6 +53,10 @@ class InProcess:
     def step(self, actions: list[Any]) -> list[Transition]:
         """See `Crew`."""
         return [simulator.step(action) for simulator, action in zip(self._simulators, actions, strict=True)]
+
+    def replay(self, episodes: dict[int, tuple[int, list[Any]]]) -> dict[int, NDArray[np.uint8]]:
+        """See `Crew`."""
+        return {i: self._simulators[i].replay(*episode) for i, episode in episodes.items()}
 
     def close(self) -> None:
         """See `Crew`."""
@@ -95,11 +104,22 @@ class SimulatedEnvironment(BatchedEnvironment):
 
     def _advance(self, action: NDArray[np.int64]) -> Outcome:
         assert self._stacks is not None
-        chosen: list[Any] = list(action) if self.spec.branches else action.tolist()
-        frames, reward, terminated, truncated = zip(*self._crew.step(chosen), strict=True)
+        frames, reward, terminated, truncated = zip(*self._crew.step(self._choices(action)), strict=True)
         self.num_restarts = self._crew.num_restarts
         self._stacks = pushed(self._stacks, np.stack(frames))
         return self._stacks, np.array(reward, np.float32), np.array(terminated), np.array(truncated)
+
+    def _choices(self, actions: NDArray[np.int64]) -> list[Any]:
+        """Actions [K] or [K, D] as the simulators take them."""
+        return list(actions) if self.spec.branches else actions.tolist()
+
+    def _play_again(self, episodes: Mapping[int, tuple[int, NDArray[np.int64]]]) -> dict[int, NDArray[np.uint8]]:
+        """See `BatchedEnvironment`."""
+        return self._crew.replay({i: (seed, self._choices(actions)) for i, (seed, actions) in episodes.items()})
+
+    def _show(self, observation: NDArray[np.uint8]) -> None:
+        super()._show(observation)
+        self._stacks = observation
 
     def close(self, *, raise_if_closed: bool = True) -> None:
         """End the workers and free the simulators."""

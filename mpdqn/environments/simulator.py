@@ -110,11 +110,12 @@ class Simulator:
         observation, reward, terminated, truncated = self._act(action)
         return self._frame(observation), reward, terminated, truncated and not terminated
 
-    def replay(self, seed: int, actions: list[Any]) -> None:
-        """Go where ``actions`` lead from the beginning that ``seed`` names; nothing is drawn that need not be."""
-        self.begin(seed)
+    def replay(self, seed: int, actions: list[Any]) -> NDArray[np.uint8]:
+        """Go where ``actions`` lead from the beginning that ``seed`` names; the last frame, all that is drawn there."""
+        frame = self.begin(seed)
         for action in actions:
-            self._act(action)
+            observation, *_ = self._act(action)
+        return self._frame(observation) if actions else frame
 
     def close(self) -> None:
         """Free the environment."""

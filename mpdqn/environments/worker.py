@@ -49,9 +49,7 @@ def _do(simulators: dict[int, Simulator], verb: str, *arguments: Any) -> Any:
         case "step", actions:
             return {i: simulators[i].step(action) for i, action in actions.items()}
         case "replay", episodes:
-            for i, (seed, actions) in episodes.items():
-                simulators[i].replay(seed, actions)
-            return None
+            return {i: simulators[i].replay(seed, actions) for i, (seed, actions) in episodes.items()}
     raise AssertionError(verb)
 
 

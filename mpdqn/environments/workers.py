@@ -79,10 +79,7 @@ class Workers:
     def begin(self, seeds: dict[int, int]) -> dict[int, NDArray[np.uint8]]:
         """Begin the episodes with these seeds; their first frames [C, H, W]."""
         parts = [{i: seeds[i] for i in worker.numbers if i in seeds} for worker in self._workers]
-        frames: dict[int, NDArray[np.uint8]] = {}
-        for answer in self._ask_all("begin", parts):
-            frames |= answer
-        return frames
+        return {i: frame for answer in self._ask_all("begin", parts) for i, frame in answer.items()}
 
     def step(self, actions: list[Any]) -> list[Transition]:
         """Take one action in each of the N."""
@@ -91,6 +88,11 @@ class Workers:
         for answer in self._ask_all("step", parts):
             outcomes |= answer
         return [outcomes[i] for i in range(len(actions))]
+
+    def replay(self, episodes: dict[int, tuple[int, list[Any]]]) -> dict[int, NDArray[np.uint8]]:
+        """Go where each seed and its actions lead; the last frames [C, H, W]."""
+        parts = [{i: episodes[i] for i in worker.numbers if i in episodes} for worker in self._workers]
+        return {i: frame for answer in self._ask_all("replay", parts) for i, frame in answer.items()}
 
     def close(self) -> None:
         """End the workers; a second call does nothing."""
@@ -174,7 +176,7 @@ class _Worker:
         """Have a new process do again what the old one had done, and make the request of it."""
         self._receive()
         verb, part = self._asked
-        begun = part if verb == "begin" else {}
+        begun = part if verb in ("begin", "replay") else {}
         self._send(("replay", {i: episode for i, episode in self._episodes.items() if i not in begun}))
         self._receive()
         self._send(self._asked)
@@ -185,6 +187,8 @@ class _Worker:
         verb, part = self._asked
         if verb == "begin":
             self._episodes |= {i: (seed, []) for i, seed in part.items()}
+        elif verb == "replay":
+            self._episodes |= {i: (seed, list(actions)) for i, (seed, actions) in part.items()}
         elif verb == "step":
             for i, action in part.items():
                 self._episodes[i][1].append(action)

@@ -75,7 +75,9 @@ class UniformSampler:
         self._sampleable = torch.zeros(num_envs * length, dtype=torch.bool)
         self._in = self._sampleable.numpy()
         self._num_envs, self._length = num_envs, length
-        self.reload()
+        # While the rings fill for the first time, draws reach no further than the newest row that ever was in.
+        self._reached = torch.zeros(1, dtype=torch.int64)
+        self._reach, self.count = 0, 0
 
     def enter(self, rows: Rows) -> None:
         """See `Sampler`."""
@@ -110,14 +112,11 @@ class UniformSampler:
 
     def tensors(self) -> dict[str, Tensor]:
         """See `Sampler`."""
-        return {"sampleable": self._sampleable}
+        return {"sampleable": self._sampleable, "reach": self._reached}
 
     def reload(self) -> None:
         """See `Sampler`."""
-        self.count, self._reach = 0, 0
-        rows = self._in.nonzero()[0]
-        self.count = len(rows)
-        self._reach_for(rows)
+        self.count, self._reach = int(self._in.sum()), int(self._reached[0])
 
     def _candidates(self, count: int, key: Key) -> Rows:
         place = (_uniform(count, key) * (self._num_envs * self._reach)).astype(np.int64)
@@ -126,9 +125,9 @@ class UniformSampler:
         return rows
 
     def _reach_for(self, rows: Rows) -> None:
-        """While the rings fill for the first time, draws reach no further than the newest row that ever was in."""
         if self._reach < self._length and len(rows):
             self._reach = max(self._reach, int((rows % self._length).max()) + 1)
+            self._reached[0] = self._reach
 
 
 class ProportionalSampler:

@@ -33,6 +33,9 @@ from mpdqn.replay.gather import gather, index_of
 from mpdqn.replay.rows import field_rows, frame_rows
 from mpdqn.replay.sampling import Rows, make_sampler
 
+FRAME = "frame"
+"""The name of the frames among a shard's tensors."""
+
 
 class Shard:
     """A ring of single frames for the E environments of one virtual shard, sampled as stacks and n-step returns.
@@ -87,7 +90,7 @@ class Shard:
         self.length = rows // num_envs  # L
         frame = frame_rows(frames, directory)
         self.records, fields = field_rows(rows, action_shape)
-        self._fields = {"frame": frame} | fields
+        self._fields = {FRAME: frame} | fields
         self._fields["td_error"].fill_(torch.nan)  # |δ|, unknown until it is returned
         self.storage = TensorStorage(TensorDict(self._fields, batch_size=[rows]))
         self._sampler = make_sampler(num_envs, self.length, prioritization)
@@ -214,17 +217,21 @@ class Shard:
         self._sampler.update(row, magnitudes)
         self.records["td_error"][row] = magnitudes
 
-    def tensors(self) -> dict[str, Tensor]:
-        """The whole state as plain tensors, not copied; `load_tensors` of an equally built shard takes them."""
-        return self._fields | self._cursors | self._sampler.tensors()
+    def tensors(self, *, frames: bool = True) -> dict[str, Tensor]:
+        """The whole state as plain tensors, not copied; `load_tensors` of an equally built shard takes them.
+
+        Without ``frames`` what else there is, which is small and changes, where frames are large and never do.
+        """
+        fields = {name: t for name, t in self._fields.items() if frames or name != FRAME}
+        return fields | self._cursors | self._sampler.tensors()
 
     def load_tensors(self, tensors: dict[str, Tensor]) -> None:
-        """Copy in the state of a shard with the same sizes.
+        """Copy in the state of a shard with the same sizes, with or without its frames.
 
         Raises:
             ValueError: if a tensor is missing, unknown or of another shape.
         """
-        own = self.tensors()
+        own = self.tensors(frames=FRAME in tensors)
         if own.keys() != tensors.keys():
             raise ValueError(f"shard {self.index} holds {sorted(own)} but was given {sorted(tensors)}")
         for name, tensor in own.items():

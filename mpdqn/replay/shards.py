@@ -213,9 +213,11 @@ class VirtualShards:
             part = slice(place * share, (place + 1) * share)
             self[number].return_td_errors(index[part], td_errors[part])
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self, *, frames: bool = True) -> dict[str, Tensor]:
         """The state of the owned shards as plain tensors, not copied, under ``"<shard>.<field>"``."""
-        return {f"{v}.{name}": t for v, shard in self._shards.items() for name, t in shard.tensors().items()}
+        return {
+            f"{v}.{name}": t for v, shard in self._shards.items() for name, t in shard.tensors(frames=frames).items()
+        }
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Copy in the owned shards' part of ``state``, which may hold others' too.

@@ -6,14 +6,14 @@ Round r adds chunk r to replay and then makes its updates. Chunk r is played wit
     L = 1   play 0 ┬ learn 0 ┬ learn 1 ┬ learn 2 …       a chunk is played while the round before it learns
                    └ play 1 ─┴ play 2 ─┴ play 3 …
 
-`InlineActing` plays on the rank of a replica's first stage, for L ≥ 1 in a thread of it. `RemoteActing` is what that
-rank sees of an acting rank, and `act_remotely` is the acting rank itself.
+`Acting` plays on the rank of a replica's first stage, or on an acting rank; for L ≥ 1 in a thread of it. `RemoteActing`
+is what a first stage sees of its acting rank, and `act_remotely` is that rank's loop.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import fields
 
@@ -41,27 +41,27 @@ class LaggedWeights:
     """
 
     def __init__(self, network: nn.Module, lag: int) -> None:
-        self._network, self._late = network, max(0, lag - 1)
-        self._waiting: deque[Mapping[str, Tensor] | None] = deque()
+        self.network, self.lag = network, lag
+        self.waiting: deque[Mapping[str, Tensor] | None] = deque()
 
     @torch.no_grad()
     def deliver(self, weights: Mapping[str, Tensor] | None) -> None:
         """Take what was delivered last, and act with what is due now."""
-        self._waiting.append(weights)
-        while len(self._waiting) > self._late:
-            due = self._waiting.popleft()
+        self.waiting.append(weights)
+        while len(self.waiting) > max(0, self.lag - 1):
+            due = self.waiting.popleft()
             if due is not None:
-                self._network.load_state_dict(due)
+                self.network.load_state_dict(due)
 
 
-class InlineActing:
-    """Actors on the learner's own rank; a context manager closes them.
+class Acting:
+    """Actors and the weights that they play with, on a learner's own rank or an acting one.
 
     ``weights`` is None where the network shares its parameters with the learner, which needs no delivery.
     """
 
     def __init__(self, actors: Actors, weights: LaggedWeights | None) -> None:
-        self._actors, self._weights = actors, weights
+        self.actors, self.weights = actors, weights
         # The thread has torch threads of its own; one leaves the learner its own.
         self._thread = ThreadPoolExecutor(1, "actors", initializer=torch.set_num_threads, initargs=(1,))
         self._chunk: Future[Chunk] | None = None
@@ -69,21 +69,22 @@ class InlineActing:
     @property
     def needs_weights(self) -> bool:
         """Whether the weights that are played have to be delivered."""
-        return self._weights is not None
+        return self.weights is not None
 
     def deliver(self, weights: Mapping[str, Tensor] | None) -> None:
         """Weights of the learner, or None if they did not change; not while a chunk is being played."""
-        if self._weights is not None:
-            self._weights.deliver(weights)
+        if self.weights is not None:
+            self.weights.deliver(weights)
 
     def start(self) -> None:
-        """Begin to play the next chunk in the background."""
-        self._chunk = self._thread.submit(self._actors.play)
+        """Begin to play the next chunk in the background, unless it is there already."""
+        if self._chunk is None:
+            self._chunk = self._thread.submit(self.actors.play)
 
     def chunk(self) -> Chunk:
         """The chunk that was started, or else the next one, played now."""
         if self._chunk is None:
-            return self._actors.play()
+            return self.actors.play()
         chunk, self._chunk = self._chunk.result(), None
         return chunk
 
@@ -92,17 +93,27 @@ class InlineActing:
         if self._chunk is not None:
             self._chunk.exception()
 
+    @property
+    def played_ahead(self) -> Chunk | None:
+        """The chunk that was started, when it is played; None if none was."""
+        return None if self._chunk is None else self._chunk.result()
+
+    def go_on_with(self, chunk: Chunk) -> None:
+        """Have ``chunk`` as the one that was started."""
+        self._chunk = Future()
+        self._chunk.set_result(chunk)
+
     def close(self) -> None:
         """Wait for the running chunk and stop the games."""
         self._thread.shutdown()
-        self._actors.close()
+        self.actors.close()
 
 
 class RemoteActing:
     """What the rank of a replica's first stage sees of its acting rank."""
 
-    def __init__(self, world: World, source: int, example: Chunk, environments: range) -> None:
-        self._world, self._source, self._example, self._environments = world, source, example, environments
+    def __init__(self, world: World, source: int, example: Chunk) -> None:
+        self._world, self._source, self._example = world, source, example
         self._group = transitions_group(world)
 
     def deliver(self, weights: Mapping[str, Tensor] | None) -> None:
@@ -114,9 +125,7 @@ class RemoteActing:
     def chunk(self) -> Chunk:
         """The next chunk, when it is here."""
         complaint = f"rank {self._world.rank} got no transitions from acting rank {self._source}"
-        steps, n = self._example.reward.shape
-        buffers = [torch.empty_like(t) for t in _tensors(self._example).values()]
-        buffers += [torch.empty(steps, n, 2, dtype=torch.float64), torch.empty(2, dtype=torch.int64)]
+        buffers = [torch.empty_like(t) for t in outgoing(self._example)]
         messages = [
             self._world.receive(buffer, self._source, self._group, complaint, patient=True) for buffer in buffers
         ]
@@ -124,8 +133,8 @@ class RemoteActing:
             message.wait()
         *tensors, ended, counts = buffers
         return Chunk(
-            **dict(zip(_tensors(self._example), tensors, strict=True)),
-            episodes=_episodes(ended, int(counts[0]), self._environments),
+            **dict(zip(chunk_tensors(self._example), tensors, strict=True)),
+            episodes=episodes_of(ended[: int(counts[0])]),
             restarts=int(counts[1]),
         )
 
@@ -138,60 +147,71 @@ class RemoteActing:
 
 def act_remotely(
     world: World,
-    actors: Actors,
-    weights: LaggedWeights,
+    acting: Acting,
     delivery: WeightDelivery,
     *,
     replica: int,
     owner: int,
-    num_rounds: int,
+    rounds: range,
     lag: int,
     due: Callable[[int], bool],
-    pauses: Callable[[int], bool],
-    first_environment: int,
-) -> None:
-    """The acting rank of ``replica``: receive weights when they are ``due`` before a round, play, send to ``owner``.
+    plays_after: Callable[[int], bool],
+    agree: Callable[[], None],
+) -> Iterator[int]:
+    """The loop of the acting rank of ``replica``: receive weights when they are ``due``, play, send to ``owner``.
 
-    After a round that ``pauses``, for an evaluation, it waits with all ranks where there is time.
+    Yields each round when as much of it is done as on the learners' ranks when they yield it: with a lag, the chunk
+    of the round after is played, but not sent. ``agree`` is called where those ranks do.
     """
+
+    def receive(r: int) -> None:
+        acting.deliver(delivery.receive(replica) if due(r) else None)
+
+    if lag:
+        acting.start()
+    for r in rounds:
+        if not lag:
+            receive(r)
+        chunk = acting.chunk()
+        send_chunk(world, chunk, owner)
+        agree()
+        if lag and plays_after(r):
+            receive(r)
+            acting.start()
+        yield r
+
+
+def send_chunk(world: World, chunk: Chunk, owner: int) -> None:
+    """Send a chunk to rank ``owner``, which takes it when it asks `RemoteActing` for one."""
     group = transitions_group(world)
     complaint = f"acting rank {world.rank} could not send transitions to rank {owner}"
-    for r in range(num_rounds):
-        # With a lag, chunk r is played while round r − 1 learns: what was due before that round is delivered first.
-        before = r if lag == 0 else r - 1
-        if r and pauses(r - 1) and not lag:
-            world.barrier()
-        if before >= 0:
-            weights.deliver(delivery.receive(replica) if due(before) else None)
-        first_step = actors.steps_played
-        chunk = actors.play()
-        ended = torch.zeros(*chunk.reward.shape, 2, dtype=torch.float64)
-        for episode in chunk.episodes:
-            place = episode.step - first_step, episode.environment - first_environment
-            ended[place] = torch.tensor([episode.episode_return, episode.length], dtype=torch.float64)
-        outgoing = [*_tensors(chunk).values(), ended, torch.tensor([first_step, chunk.restarts])]
-        if r and pauses(r - 1) and lag:  # this chunk was asked for before the pause
-            world.barrier()
-        messages = [world.send(t.contiguous(), owner, group, complaint, patient=True) for t in outgoing]
-        for message in messages:
-            message.wait()
-    if pauses(num_rounds - 1):
-        world.barrier()
+    for message in [world.send(t, owner, group, complaint, patient=True) for t in outgoing(chunk)]:
+        message.wait()
 
 
-def _tensors(chunk: Chunk) -> dict[str, Tensor]:
+def outgoing(chunk: Chunk) -> list[Tensor]:
+    """What is sent of a chunk: its tensors, dense, its episodes [k, 4] filled up to T·N rows, and two counts."""
+    ended = torch.zeros(chunk.num_transitions, 4, dtype=torch.float64)
+    ended[: len(chunk.episodes)] = episode_rows(chunk.episodes)
+    counts = torch.tensor([len(chunk.episodes), chunk.restarts])
+    return [*(t.contiguous() for t in chunk_tensors(chunk).values()), ended, counts]
+
+
+def chunk_tensors(chunk: Chunk) -> dict[str, Tensor]:
+    """Its tensors [T, N, …], by name."""
     values = {field.name: getattr(chunk, field.name) for field in fields(chunk)}
     return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
 
-def _episodes(ended: Tensor, first_step: int, environments: range) -> tuple[Episode, ...]:
-    """The episodes that ``ended`` [T, N, 2] tells of: return and length, the length 0 where none ended."""
+def episode_rows(episodes: Sequence[Episode]) -> Tensor:
+    """Episodes as float64 [k, 4]: step, environment, return, length."""
+    rows = [(e.step, e.environment, e.episode_return, e.length) for e in episodes]
+    return torch.tensor(rows, dtype=torch.float64).reshape(-1, 4)
+
+
+def episodes_of(rows: Tensor) -> tuple[Episode, ...]:
+    """What `episode_rows` was made of."""
     return tuple(
-        Episode(
-            step=first_step + t,
-            environment=environments[i],
-            episode_return=float(ended[t, i, 0]),
-            length=int(ended[t, i, 1]),
-        )
-        for t, i in ended[:, :, 1].nonzero().tolist()
+        Episode(step=int(step), environment=int(environment), episode_return=total, length=int(length))
+        for step, environment, total, length in rows.tolist()
     )

@@ -7,7 +7,7 @@ then, in every layout alike. With ``prefetch`` it is put together while update u
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from mpdqn.dqn.batch import Batch
 from mpdqn.learner import LearnStep
@@ -60,6 +60,16 @@ class BatchQueue:
             return
         assert step.td_errors is not None
         self._shards.return_td_errors(batch.index.cpu(), step.td_errors.cpu())
+
+    @property
+    def waiting(self) -> tuple[Batch, ...]:
+        """The batches that are drawn and not yet learned from, the next one first."""
+        self.settle()
+        return tuple(self._ready)
+
+    def go_on_with(self, batches: Sequence[Batch]) -> None:
+        """Have ``batches`` as those that are drawn already."""
+        self._ready = deque(batches)
 
     def settle(self) -> None:
         """Wait for what is being put together: the rows that it reads may be overwritten next."""

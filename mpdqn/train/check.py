@@ -25,6 +25,7 @@ from mpdqn.replay.rows import full
 from mpdqn.replay.shard import ring_shape
 from mpdqn.schedule import SCHEDULES
 from mpdqn.train.config import TrainConfig, TrainJob
+from mpdqn.train.resume import check_resume, recorded_config
 
 PRECISIONS, KERNELS = ("float32", "tf32", "bf16", "auto"), ("auto", "on", "off")
 DTYPES = ("float32", "float64")
@@ -33,11 +34,13 @@ DTYPES = ("float32", "float64")
 def check(config: TrainConfig) -> TrainJob:
     """Every check that needs no worker: one clear ValueError for bad input, on every rank alike."""
     config = config.resolved()
-    for name in ("frames", "num_shards", "envs_per_shard", "round_steps"):
+    if config.resume is not None:
+        check_resume(config)
+    for name in ("frames", "num_shards", "envs_per_shard", "round_steps", "keep_checkpoints"):
         if getattr(config, name) < 1:
             raise ValueError(f"{name} is {getattr(config, name)} but must be at least 1")
     least_0 = ("actor_lag", "env_workers", "evaluate_every", "evaluation_episodes", "log_every", "epsilon_decay_frames")
-    for name in least_0:
+    for name in (*least_0, "checkpoint_minutes", "checkpoint_every"):
         if (getattr(config, name) or 0) < 0:
             raise ValueError(f"{name} is {getattr(config, name)} but must be at least 0")
     for name in ("lookahead", "prefetch"):
@@ -92,10 +95,18 @@ def check(config: TrainConfig) -> TrainJob:
             stacklevel=2,
         )
     check_logs(wandb=config.wandb)
-    check_writable(config.out)
+    if config.resume is not None:
+        check_writable(config.resume, "--resume")
+    else:
+        check_writable(config.out)
     if config.replay_dir is not None:
         check_writable(config.replay_dir, "--replay-dir")
-        held = [path for path in config.replay_dir.glob("shard-*") if not path.is_dir() or any(path.iterdir())]
+        own = config.resume is not None and config.replay_dir == recorded_config(config.resume).replay_dir
+        held = (
+            []
+            if own
+            else [path for path in config.replay_dir.glob("shard-*") if not path.is_dir() or any(path.iterdir())]
+        )
         if held:
             raise ValueError(
                 f"--replay-dir {config.replay_dir} already holds {held[0].name}; delete it or choose another"
@@ -104,6 +115,7 @@ def check(config: TrainConfig) -> TrainJob:
             not launched() or launched_local_world_size() == launched_world_size()
         ):  # else hosts share it, or have their own
             _check_space(job, config.replay_dir)
+    _warn_of_space(job)
     return job
 
 
@@ -221,6 +233,24 @@ def _check_space(job: TrainJob, folder: Path) -> None:
     needed, free = config.num_shards * math.prod(shape), shutil.disk_usage(folder).free
     if needed > free:
         raise ValueError(str(full(needed, free, folder)))
+
+
+def _warn_of_space(job: TrainJob) -> None:
+    """Warn if the checkpoints' frames will not go where they are to be; training itself does not need them."""
+    config = job.config
+    if not (config.checkpoint_minutes or config.checkpoint_every):
+        return
+    each = -(-job.settings.capacity // config.num_shards)
+    shape = ring_shape(job.spec.observation_shape, each, config.envs_per_shard, job.spec.stack, job.settings.n_step)
+    played = job.num_rounds * job.transitions_per_round * math.prod(shape[1:])
+    needed, where = min(config.num_shards * math.prod(shape), played), config.replay_dir or config.resume or config.out
+    free = shutil.disk_usage(where).free
+    if needed > free:
+        warnings.warn(
+            f"checkpoints will need {needed / 2**30:.2f} GiB for the frames of replay in {where} but "
+            f"{free / 2**30:.2f} GiB are free; make room, lower --capacity, or set --checkpoint-minutes 0",
+            stacklevel=3,
+        )
 
 
 def check_writable(out: Path, flag: str = "--out") -> None:

@@ -104,6 +104,16 @@ class TrainConfig:
     """Episodes of an evaluation; 0: none."""
     log_every: int = 0
     """Frames between two rows of progress; 0: a hundredth of the run, at most 40,000."""
+    checkpoint_minutes: float = 10.0
+    """Minutes between two checkpoints; 0: none by the clock."""
+    checkpoint_every: int = 0
+    """Frames between two checkpoints, besides; 0: none by the frames."""
+    checkpoint_at_end: bool = False
+    """Keep a checkpoint of the end, from which --resume goes on with more --frames; else the end deletes them all."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept; the newest is taken that is whole."""
+    resume: Path | None = None
+    """Folder of a run to go on with, where its newest checkpoint is; other flags may change how it is computed."""
     seed: int = 0
     """Seed of everything."""
     out: Path = Path("results/train")
@@ -175,6 +185,16 @@ class TrainJob:
         """Updates that are made in ``rounds`` rounds."""
         return self.limiter.updates_due(rounds * self.transitions_per_round)
 
+    def plays_after(self, r: int) -> bool:
+        """Whether there is a round after ``r``, in this run or in one that goes on from its end."""
+        return r + 1 < self.num_rounds or self.config.checkpoint_at_end
+
+    def checkpoints_after(self, r: int) -> bool:
+        """Whether a checkpoint is due after round ``r``, however long it took."""
+        if r + 1 == self.num_rounds:
+            return self.config.checkpoint_at_end
+        return self._crosses(r, self.config.checkpoint_every)
+
     def logs_after(self, r: int) -> bool:
         """Whether a row of progress is due after round ``r``, counted from 0."""
         every = self.config.log_every or min(40_000, math.ceil(self.config.frames / 100))
@@ -191,7 +211,10 @@ class TrainJob:
 
     def record_settings(self) -> dict[str, Value]:
         """Everything that makes this run what it is, flat: runs that agree in it are seeds of one line."""
-        incidental = ("seed", "out", "port", "timeout", "wandb", "smoke", "replay_dir", "env_workers", "log_every")
+        incidental = (
+            *("seed", "out", "port", "timeout", "wandb", "smoke", "replay_dir", "env_workers", "log_every", "resume"),
+            *("checkpoint_minutes", "checkpoint_every", "checkpoint_at_end", "keep_checkpoints"),
+        )
         chosen = {name: value for name, value in asdict(self.config).items() if name not in incidental}
         settings = asdict(self.settings)
         agent, priorities, epsilon = settings.pop("agent"), settings.pop("prioritization"), settings.pop("epsilon")

@@ -3,6 +3,8 @@
 results/train/20261123-101500-pong-rainbow-s0/
   config.json        the configuration, the agent's settings, the layout's plan
   environment.json   commit, versions, hardware, command
+  status.json        how far it is, see status.py
+  checkpoints/       what it can go on from, while it is not finished
   progress.csv       a row every log_every frames, evaluations among them
   tensorboard/       the same for TensorBoard
   records.jsonl      the run as a record, with its settings and its last evaluation
@@ -29,10 +31,11 @@ from mpdqn.dqn.acting import ActionValues
 from mpdqn.dqn.agents import Agent
 from mpdqn.dqn.batch import Batch
 from mpdqn.environments import EnvironmentSpec
+from mpdqn.records import RECORDS, Record, read_records
 from mpdqn.train.check import check
 from mpdqn.train.config import TrainConfig, TrainJob
+from mpdqn.train.resume import CONFIG
 
-CONFIG = "config.json"
 WEIGHTS = "weights.pt"
 POLICY = "policy.pt2"
 
@@ -50,9 +53,10 @@ def new_folder(job: TrainJob) -> Path:
     raise FileExistsError(f"{config.out / name} and 998 more exist; choose another --out")
 
 
-def write_config(folder: Path, job: TrainJob, plan: dict[str, Any]) -> None:
-    """Write what will be run: configuration, settings, plan, and where."""
+def write_config(folder: Path, job: TrainJob, plan: dict[str, Any], run: str) -> None:
+    """Write what will be run: configuration, settings, plan, what the run is called in its checkpoints, and where."""
     about = {
+        "run": run,
         "config": asdict(job.config),
         "settings": asdict(job.settings),
         "network": job.network_name,
@@ -60,8 +64,26 @@ def write_config(folder: Path, job: TrainJob, plan: dict[str, Any]) -> None:
         "layout": job.layout.name,
         "plan": plan,
     }
-    (folder / CONFIG).write_text(json.dumps(about, indent=1, default=str) + "\n")
-    (folder / "environment.json").write_text(json.dumps(asdict(job.environment), indent=1) + "\n")
+    _write_whole(folder / CONFIG, json.dumps(about, indent=1, default=str) + "\n")
+    _write_whole(folder / "environment.json", json.dumps(asdict(job.environment), indent=1) + "\n")
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """Write a file that a killed run leaves as it was or as it is to be."""
+    draft = path.with_suffix(".part")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def write_record(folder: Path, record: Record) -> None:
+    """Add the run's record to its folder, in the place of one that says as much: a run may be killed right after it."""
+    path = folder / RECORDS
+    others = [
+        r
+        for r in (read_records(path) if path.exists() else ())
+        if (r.experiment, r.values.get("frames")) != (record.experiment, record.values["frames"])
+    ]
+    _write_whole(path, "".join(r.to_json() + "\n" for r in (*others, record)))
 
 
 def save_weights(folder: Path, weights: dict[str, Tensor]) -> None:
@@ -122,7 +144,7 @@ def load_run(folder: Path) -> Run:
     if strange:
         raise ValueError(f"{folder / CONFIG} has unknown settings {strange}; it is of another version of mpdqn")
     values = {name: value for name, value in about["config"].items()}
-    values |= {"out": folder.parent, "replay_dir": None}
+    values |= {"out": folder.parent, "replay_dir": None, "resume": None}
     # Where it ran says nothing about the network: load on one process, whatever the layout was.
     here = {
         "layout": "single@all",

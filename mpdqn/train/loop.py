@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +33,7 @@ from mpdqn.networks import noisy_layers, set_noise
 from mpdqn.partition import counted_profile
 from mpdqn.pipeline.acceleration import Acceleration, candidates, choose_acceleration
 from mpdqn.replay import Prefetcher, VirtualShards
-from mpdqn.train.acting import InlineActing, LaggedWeights, RemoteActing, act_remotely, transitions_group
+from mpdqn.train.acting import Acting, LaggedWeights, RemoteActing, act_remotely, send_chunk, transitions_group
 from mpdqn.train.batches import BatchQueue
 from mpdqn.train.check import check
 from mpdqn.train.config import TrainConfig, TrainJob
@@ -47,18 +48,34 @@ ACTING = "acting"
 
 
 class Trainer:
-    """One rank's part in a run; ``run`` is the loop. Building one is collective over the world."""
+    """One rank's part in a run; ``run`` is the loop. Building one is collective over the world.
 
-    def __init__(self, world: World, job: TrainJob, folder: Path | None = None) -> None:
+    Attributes:
+        owned: the virtual shards that this rank has or plays for.
+        learner: its stages; None on an acting rank.
+        shards: its part of replay, on the rank of a replica's first stage.
+        queue: the batches that are drawn from them.
+        acting: where their transitions come from: actors of its own or another rank's; an acting rank's own actors.
+        first_round: the round with which `run` begins.
+        before_storing: called before so many steps of every environment are stored; for whoever reads frames meanwhile.
+        asked: what any rank was asked for in the round that was yielded last, the same on every rank.
+    """
+
+    def __init__(
+        self, world: World, job: TrainJob, folder: Path | None = None, asked: Callable[[], int] = lambda: 0
+    ) -> None:
         """Build the learner, the shards or the actors that this rank has.
 
         Args:
             world: the ranks of the job, `TrainJob.num_ranks`.
             job: a checked run.
             folder: where the batch of a failed update is kept; None keeps none.
+            asked: what this rank is asked for, a number; ``self.asked`` is the largest of all ranks'.
         """
         config, settings = job.config, job.settings
         self.world, self.job, self.folder = world, job, folder
+        self.asked, self._asked, self.first_round = 0, asked, 0
+        self.before_storing: Callable[[int], None] = lambda steps: None
         self._stack = ExitStack()
         network = job.make_network()
         self._cores, self._threads = os.sched_getaffinity(0), torch.get_num_threads()
@@ -71,16 +88,18 @@ class Trainer:
         d = job.layout.data
         owners = [plan.replica(r)[0] for r in range(d)]
         self._acting_ranks = [job.layout.ranks + r for r in range(d)] if remote else owners
+        self.owned = owned_shards(job, world.rank)
         self._delivery = WeightDelivery(world, plan, network, self._acting_ranks)
         owners_group = world.group(owners, "gloo")
         self._learners = world.meeting(plan.ranks)
+        self._everyone = world.meeting(range(world.size))
         if remote:
             transitions_group(world)
         self.acceleration = self._accelerate(network)
         self.learner: Learner | None = None
         self.shards: VirtualShards | None = None
-        self._queue: BatchQueue | None = None
-        self._acting: InlineActing | RemoteActing | None = None
+        self.queue: BatchQueue | None = None
+        self.acting: Acting | RemoteActing | None = None
         self._owner_of = owners
         acting_network = job.make_network() if world.rank in self._acting_ranks else None
         if mesh.member:
@@ -106,9 +125,7 @@ class Trainer:
             self._own(self.learner, acting_network, owners_group, remote)
         elif remote and not mesh.member:
             assert acting_network is not None
-            replica = world.rank - job.layout.ranks
-            self._actors = self._play(acting_network, self._owned(replica))
-            self._weights = LaggedWeights(acting_network, config.actor_lag)
+            self.acting = Acting(self._play(acting_network), LaggedWeights(acting_network, config.actor_lag))
 
     @classmethod
     @contextmanager
@@ -147,15 +164,9 @@ class Trainer:
             acceleration.set_products()
         return acceleration
 
-    def _owned(self, replica: int) -> range:
-        share = self.job.config.num_shards // self.job.layout.data
-        return range(replica * share, (replica + 1) * share)
-
     def _own(self, learner: Learner, acting: nn.Sequential | None, owners: Any, remote: bool) -> None:
         """Replay, batches and acting of the rank that has its replica's first stage."""
         job, config, settings = self.job, self.job.config, self.job.settings
-        replica = learner.mesh.replica
-        owned = self._owned(replica)
         self.shards = VirtualShards(
             observation_shape=job.spec.observation_shape,
             num_shards=config.num_shards,
@@ -169,10 +180,10 @@ class Trainer:
             prioritization=settings.prioritization,
             action_shape=job.spec.action_shape,
             directory=config.replay_dir,
-            owned=owned,
+            owned=self.owned,
         )
         prefetcher = self._stack.enter_context(Prefetcher(self.world.device, getattr(torch, config.dtype)))
-        self._queue = BatchQueue(
+        self.queue = BatchQueue(
             self.shards,
             batch_size=settings.batch_size,
             lookahead=config.lookahead,
@@ -180,10 +191,9 @@ class Trainer:
             prefetcher=prefetcher,
             agree=lambda lowest: _least(lowest, owners),
         )
-        environments = range(owned[0] * config.envs_per_shard, (owned[-1] + 1) * config.envs_per_shard)
         if remote:
-            example = self._example(len(environments))
-            self._acting = RemoteActing(self.world, self._acting_ranks[replica], example, environments)
+            example = self._example(len(self.owned) * config.envs_per_shard)
+            self.acting = RemoteActing(self.world, self._acting_ranks[learner.mesh.replica], example)
             return
         assert acting is not None
         whole = len(learner.stages) == self.arrangement.plans[0].partition.num_stages
@@ -196,14 +206,14 @@ class Trainer:
         else:
             acting = acting.to(self.world.device)
             weights = LaggedWeights(acting, config.actor_lag)
-        self._acting = InlineActing(self._play(acting, owned), weights)
+        self.acting = Acting(self._play(acting), weights)
 
-    def _play(self, network: nn.Sequential, owned: range) -> Actors:
+    def _play(self, network: nn.Sequential) -> Actors:
         job, config = self.job, self.job.config
         return Actors(
             network,
             config.env,
-            owned=owned,
+            owned=self.owned,
             num_shards=config.num_shards,
             envs_per_shard=config.envs_per_shard,
             epsilon=job.settings.epsilon,
@@ -227,52 +237,80 @@ class Trainer:
         return Chunk(frame=frame, action=action, reward=reward, terminated=flag, truncated=flag, next_frame=frame)
 
     def run(self) -> Iterator[TrainStep]:
-        """Train round after round. An acting rank yields nothing and returns when it has played its part.
+        """Train round after round. On an acting rank a step has counts only.
 
         Raises:
             NotANumber: at a loss that is no number, its batch saved.
             PeerLost: if another rank is gone or silent.
         """
-        job, lag = self.job, self.job.config.actor_lag
+        job, lag, rounds = self.job, self.job.config.actor_lag, range(self.first_round, self.job.num_rounds)
         if self.learner is None:
+            assert isinstance(self.acting, Acting)
             replica = self.world.rank - job.layout.ranks
-            act_remotely(
+            for r in act_remotely(
                 self.world,
-                self._actors,
-                self._weights,
+                self.acting,
                 self._delivery,
                 replica=replica,
                 owner=self._owner_of[replica],
-                num_rounds=job.num_rounds,
+                rounds=rounds,
                 lag=lag,
                 due=self._due,
-                pauses=job.evaluates_after,
-                first_environment=self._owned(replica)[0] * job.config.envs_per_shard,
-            )
+                plays_after=job.plays_after,
+                agree=self._agree,
+            ):
+                yield self._step(r)
             return
         learner = self.learner
-        if lag and self._acting is not None:
-            self._acting.start()
-        for r in range(job.num_rounds):
+        if lag and self.acting is not None:
+            self.acting.start()
+        for r in rounds:
             chunk: Chunk | None = None
             if not lag:
                 self._deliver(learner, r)
-            if self._acting is not None and self._queue is not None and self.shards is not None:
-                chunk = self._acting.chunk()
-                self._queue.settle()
+            if self.acting is not None and self.queue is not None and self.shards is not None:
+                chunk = self.acting.chunk()
+                self.queue.settle()
+                self.before_storing(job.config.round_steps)
                 chunk.store(self.shards)
-            if lag and r + 1 < job.num_rounds:
+            if lag and job.plays_after(r):
                 self._deliver(learner, r)
-                if self._acting is not None:
-                    self._acting.start()
-            if job.updates_after(r + 1) > job.updates_after(r):
-                self._meet()
+                if self.acting is not None:
+                    self.acting.start()
+            self._agree()
             yield self._learn(learner, r, chunk)
 
-    def _meet(self) -> None:
-        """Wait for all learner ranks where there is time: one may be playing, for longer than a message waits."""
-        if dist.get_world_size(self._learners) > 1:
-            dist.barrier(self._learners)
+    def play_besides(self, rounds: int) -> None:
+        """Play and store so many rounds that do not count, on a replica's first rank and on its acting rank."""
+        for _ in range(rounds):
+            if isinstance(self.acting, RemoteActing):
+                chunk = self.acting.chunk()
+            else:
+                assert self.acting is not None
+                steps = self.acting.actors.steps_played
+                chunk = self.acting.actors.play()
+                self.acting.actors.steps_played = steps
+            if self.shards is not None:
+                chunk.store(self.shards)
+            else:
+                send_chunk(self.world, chunk, self._owner_of[self.world.rank - self.job.layout.ranks])
+
+    def _agree(self) -> None:
+        """Meet all ranks where there is time, as one may be playing for longer than a message waits.
+
+        There each hears what any of them was asked for.
+        """
+        asked = torch.tensor(self._asked())
+        if self.world.size > 1:
+            group, complaint = self._everyone, f"rank {self.world.rank} waited in vain for all ranks to have played"
+            self.world.start(
+                lambda: dist.all_reduce(asked, dist.ReduceOp.MAX, group=group, async_op=True),
+                asked,
+                group,
+                complaint,
+                patient=True,
+            ).wait()
+        self.asked = int(asked)
 
     def _due(self, r: int) -> bool:
         """Whether the weights have changed in the round before ``r``."""
@@ -283,11 +321,11 @@ class Trainer:
         weights: dict[str, Tensor] | None = None
         if self._due(r):
             self._delivery.send(learner)
-            if isinstance(self._acting, InlineActing) and self._acting.needs_weights:
+            if isinstance(self.acting, Acting) and self.acting.needs_weights:
                 local = {n: t for stage in learner.stages for n, t in stage.online.state_dict().items()}
                 weights = self._delivery.receive(learner.mesh.replica, local)
-        if self._acting is not None:
-            self._acting.deliver(weights)
+        if self.acting is not None:
+            self.acting.deliver(weights)
 
     def _learn(self, learner: Learner, r: int, chunk: Chunk | None) -> TrainStep:
         """The updates that are due after round r's chunk."""
@@ -296,8 +334,8 @@ class Trainer:
         for update in range(job.updates_after(r), job.updates_after(r + 1)):
             batch: Batch | None = None
             upcoming: Batch | None = None
-            if self._queue is not None:
-                batch, upcoming = self._queue.batches(update)
+            if self.queue is not None:
+                batch, upcoming = self.queue.batches(update)
             step = learner.learn(batch, upcoming)
             losses.append(step.loss)
             norms.append(step.grad_norm)
@@ -305,24 +343,29 @@ class Trainer:
                 batches.append(batch)
             if self._looks_at_once:
                 self._check_numbers(learner, losses, norms, batches)
-            if self._queue is not None and batch is not None:
-                self._queue.learned(batch, step)
+            if self.queue is not None and batch is not None:
+                self.queue.learned(batch, step)
             late, sent = late + step.late_passes, sent + step.bytes_sent
         self._check_numbers(learner, losses, norms, batches)
-        settings = job.settings
+        done = self._step(r, chunk)
+        return replace(done, losses=tuple(losses), grad_norms=tuple(norms), late_passes=late, bytes_sent=sent)
+
+    def _step(self, r: int, chunk: Chunk | None = None) -> TrainStep:
+        """What there is to say of round ``r`` without its updates."""
+        job = self.job
         return TrainStep(
             round=r,
             transitions=(r + 1) * job.transitions_per_round,
             frames=job.frames_after(r + 1),
             updates=job.updates_after(r + 1),
-            epsilon=settings.epsilon(job.frames_after(r + 1)),
-            losses=tuple(losses),
-            grad_norms=tuple(norms),
+            epsilon=job.settings.epsilon(job.frames_after(r + 1)),
+            losses=(),
+            grad_norms=(),
             episodes=chunk.episodes if chunk else (),
             restarts=chunk.restarts if chunk else 0,
             actor_lag=job.updates_after(r) - job.updates_after(max(0, r - job.config.actor_lag)),
-            late_passes=late,
-            bytes_sent=sent,
+            late_passes=0,
+            bytes_sent=0,
         )
 
     @property
@@ -341,7 +384,8 @@ class Trainer:
             save_batches(self.folder, self.world.rank, update, batches[bad:], dict(learner.named_parameters()))
         if self.folder is not None:
             where = f"; its batch and the weights after it are in {self.folder}/failed-update-{update}-rank*.pt"
-        self._meet()  # the first rank that raises ends the others, which may still be writing
+        if dist.get_world_size(self._learners) > 1:
+            dist.barrier(self._learners)  # the first rank that raises ends the others, which may still be writing
         raise NotANumber(
             f"update {update} has loss {losses[bad].item()} and gradient norm {norms[bad].item()}{where}; "
             "look at rewards and learning_rate"
@@ -354,8 +398,8 @@ class Trainer:
         """
         if self.learner is None:
             return {}
-        if self._acting is not None:
-            self._acting.settle()
+        if self.acting is not None:
+            self.acting.settle()
         state = {name: t for stage in self.learner.stages for name, t in stage.online.state_dict().items()}
         return gather_by_name(self.learner, state)
 
@@ -369,12 +413,21 @@ class Trainer:
 
     def close(self) -> None:
         """Stop actors and threads; a second call does nothing."""
-        if self._acting is not None:
-            self._acting.close()
-        elif self.learner is None:
-            self._actors.close()
+        if self.acting is not None:
+            self.acting.close()
         self._stack.close()
         restore(self._cores, self._threads)
+
+
+def owned_shards(job: TrainJob, rank: int) -> range:
+    """The virtual shards of ``rank``: those of its replica, where it has the first stage or acts for it; else none."""
+    replicas = range(job.layout.data)
+    first = [job.layout.ranks // job.layout.data * r for r in replicas]
+    owners = first + [job.layout.ranks + r for r in replicas] * (job.num_ranks > job.layout.ranks)
+    if rank not in owners:
+        return range(0)
+    share, replica = job.config.num_shards // job.layout.data, owners.index(rank) % job.layout.data
+    return range(replica * share, (replica + 1) * share)
 
 
 def arrange(job: TrainJob, network: nn.Sequential) -> Arrangement:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from mpdqn.actors import Episode
 from mpdqn.train.step import TrainStep
@@ -14,18 +18,25 @@ class Progress:
 
     Args:
         batch_size: transitions of an update.
-        clock: where the time comes from, in seconds.
     """
 
     def __init__(self, batch_size: int) -> None:
         self._batch_size = batch_size
         self._begin = time.perf_counter()
-        self._last: TrainStep | None = None
-        self._steps: list[TrainStep] = []
+        self._before = (0, 0, 0)
+        self._step: TrainStep | None = None
+        self._losses: list[Tensor] = []
+        self._norms: list[Tensor] = []
+        self._episodes: list[Episode] = []
+        self._late = 0
 
     def add(self, step: TrainStep) -> None:
         """Take one round."""
-        self._steps.append(step)
+        self._step = step
+        self._losses += step.losses
+        self._norms += step.grad_norms
+        self._episodes += step.episodes
+        self._late += step.late_passes
 
     def resume(self) -> None:
         """Begin to count the time anew: what was done since the last row, such as an evaluation, is no training."""
@@ -33,7 +44,7 @@ class Progress:
 
     def take(self) -> tuple[list[Episode], int]:
         """The episodes that ended on this rank since the row before, and its environments' restarts so far."""
-        return [e for step in self._steps for e in step.episodes], self._steps[-1].restarts
+        return list(self._episodes), self._step.restarts if self._step else 0
 
     def row(self, episodes: Sequence[Episode], restarts: int) -> dict[str, float]:
         """The row of these rounds, with the ``episodes`` and ``restarts`` of all replicas.
@@ -41,14 +52,11 @@ class Progress:
         ``mean_return`` and ``mean_length`` are of the episodes that ended; they and ``loss`` are missing where there
         is nothing to take the mean of. Rates are per second since the row before.
         """
-        step, now = self._steps[-1], time.perf_counter()
+        assert self._step is not None
+        step, now = self._step, time.perf_counter()
         seconds = now - self._begin
-        earlier = (self._last.frames, self._last.transitions, self._last.updates) if self._last else (0, 0, 0)
-        frames, transitions, updates = (
-            step.frames - earlier[0],
-            step.transitions - earlier[1],
-            step.updates - earlier[2],
-        )
+        counts = step.frames, step.transitions, step.updates
+        frames, transitions, updates = (count - earlier for count, earlier in zip(counts, self._before, strict=True))
         row: dict[str, float] = {
             "transitions": step.transitions,
             "updates": step.updates,
@@ -58,15 +66,33 @@ class Progress:
             "updates_per_s": updates / seconds,
             "samples_per_insert": updates * self._batch_size / transitions,
             "actor_lag": step.actor_lag,
-            "late_passes": sum(s.late_passes for s in self._steps),
+            "late_passes": self._late,
             "restarts": restarts,
         }
-        losses = [loss.item() for s in self._steps for loss in s.losses]
-        norms = [norm.item() for s in self._steps for norm in s.grad_norms]
+        losses, norms = ([value.item() for value in values] for values in (self._losses, self._norms))
         if losses:
             row |= {"loss": sum(losses) / len(losses), "grad_norm": sum(norms) / len(norms)}
         if episodes:
             row["mean_return"] = sum(e.episode_return for e in episodes) / len(episodes)
             row["mean_length"] = sum(e.length for e in episodes) / len(episodes)
-        self._last, self._begin, self._steps = step, now, []
+        self._before, self._begin, self._late = counts, now, 0
+        self._losses, self._norms, self._episodes = [], [], []
         return row
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What a checkpoint needs of a row under way, its episodes apart: float64 tensors, and small numbers."""
+        tensors = {
+            name: torch.tensor([value.item() for value in values], dtype=torch.float64)
+            for name, values in (("losses", self._losses), ("norms", self._norms))
+        }
+        seconds = time.perf_counter() - self._begin
+        return tensors, {"row_before": list(self._before), "row_seconds": seconds, "row_late_passes": self._late}
+
+    def load_state(
+        self, tensors: Mapping[str, Tensor], counters: Mapping[str, Any], episodes: Sequence[Episode]
+    ) -> None:
+        """Go on with the row of `state`, and with the ``episodes`` that had ended on all ranks since the one before."""
+        self._losses, self._norms = list(tensors["losses"]), list(tensors["norms"])
+        self._before = tuple(counters["row_before"])
+        self._late, self._episodes = counters["row_late_passes"], list(episodes)
+        self._begin = time.perf_counter() - counters["row_seconds"]

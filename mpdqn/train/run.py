@@ -8,26 +8,38 @@ from __future__ import annotations
 import json
 import sys
 import time
+import uuid
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from tqdm import tqdm
 
 from mpdqn.actors import Episode
 from mpdqn.allocator import keep_freed_memory
+from mpdqn.checkpoint.loader import Choice
+from mpdqn.checkpoint.saver import NotSaved
 from mpdqn.evaluate import Evaluation, evaluate
 from mpdqn.launch import launch
-from mpdqn.logs import Logs, open_logs
+from mpdqn.logs import Logs, open_logs, read_progress
 from mpdqn.mesh import World, launched
-from mpdqn.records import RECORDS, Record, append_records
+from mpdqn.records import Record
+from mpdqn.replay.rows import FRAMES
+from mpdqn.train.acting import episode_rows, episodes_of
 from mpdqn.train.check import check
+from mpdqn.train.checkpoints import STOP, Checkpoints, asked_for, choose_checkpoint, go_on
 from mpdqn.train.config import TrainConfig, TrainJob
-from mpdqn.train.folder import POLICY, new_folder, save_policy, save_weights, write_config
-from mpdqn.train.loop import Trainer
+from mpdqn.train.folder import POLICY, new_folder, save_policy, save_weights, write_config, write_record
+from mpdqn.train.lock import FolderInUse, RunLock
+from mpdqn.train.loop import Trainer, owned_shards
 from mpdqn.train.progress import Progress
+from mpdqn.train.resume import CONFIG, recorded_config, run_id
+from mpdqn.train.status import FAILED, FINISHED, RUNNING, STOPPED, now
+from mpdqn.train.step import TrainStep
+from mpdqn.train.stop import StopSignal
 
 MOST_FRAMES = 108_000
 """Frames after which an evaluation episode is cut short, as Atari's are: a greedy policy may stand still for ever."""
@@ -38,16 +50,20 @@ class TrainResult:
     """What a run came to.
 
     ``folder`` holds its files. ``episodes`` are all that ended, by step and environment; ``evaluation`` is that of the
-    final weights, None without one. ``rows`` are the progress.
+    final weights, None without one. ``rows`` are the progress. ``stopped_at`` are the frames of the checkpoint at which
+    it was asked to stop; None if it came to its end.
     """
 
     folder: Path
     episodes: tuple[Episode, ...]
     evaluation: Evaluation | None
     rows: tuple[dict[str, float], ...]
+    stopped_at: int | None = None
 
     def summary(self) -> str:
         """What to tell a user at the end: how well it plays, and how to use the weights without mpdqn."""
+        if self.stopped_at is not None:
+            return f"Stopped at {self.stopped_at} frames, all of them kept. Go on: mpdqn train --resume {self.folder}"
         last = next((row for row in reversed(self.rows) if "mean_return" in row), None)
         trained = f"mean return {last['mean_return']:.4g} of the last {last['episodes']:.0f} episodes" if last else ""
         lines = [f"{len(self.episodes)} episodes{f', {trained}' if trained else ''}"]
@@ -67,7 +83,8 @@ class TrainResult:
 def train(config: TrainConfig | None = None, **settings: Any) -> TrainResult:
     """Train as ``mpdqn train`` does.
 
-    Started by torchrun, every process calls this alike; rank 0 has the result, the others an empty one.
+    Started by torchrun, every process calls this alike; rank 0 has the result, the others an empty one. With ``resume``
+    the run in that folder goes on with its own settings; only those given here are other ones.
 
     Args:
         config: what to train; DQN on Pong by default.
@@ -78,10 +95,14 @@ def train(config: TrainConfig | None = None, **settings: Any) -> TrainResult:
         mpdqn.train.loop.NotANumber: at a loss that is no number.
         mpdqn.launch.WorkerError: if a worker fails, with its own error first.
     """
+    if config is None and settings.get("resume") is not None:
+        config = recorded_config(settings["resume"])
     job = check(replace(config or TrainConfig(), **settings))
     if launched() or job.num_ranks == 1:
         return train_rank(job)
-    results: list[TrainResult] = launch(train_rank, job, num_workers=job.num_ranks, port=job.config.port)
+    results: list[TrainResult] = launch(
+        train_rank, job, num_workers=job.num_ranks, port=job.config.port, forward_sigterm=True
+    )
     return results[0]
 
 
@@ -93,60 +114,171 @@ def train_rank(job: TrainJob) -> TrainResult:
 
 
 def train_in(world: World, job: TrainJob) -> TrainResult:
-    """This rank's part in a run of a world that is open already, and stays so. Collective over its ranks."""
-    folder = world.from_first(new_folder(job) if world.rank == 0 else Path())
-    trainer = Trainer(world, job, folder)
-    try:
-        result = _Session(trainer, folder).run()
-    finally:
-        trainer.close()
-    world.barrier()
+    """This rank's part in a run of a world that is open already, and stays so. Collective over its ranks.
+
+    Raises:
+        ValueError: also if another process trains in the folder of a run to go on with, or no checkpoint of it is
+            whole; on every rank alike.
+    """
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        folder = world.from_first((job.config.resume or new_folder(job)) if world.rank == 0 else Path())
+        lock(world, stack, folder)
+        choice, run = None, uuid.uuid4().hex
+        if job.config.resume is not None:
+            run = run_id(folder)
+            choice = choose_checkpoint(world, job, folder, run)
+            clear_replay(world, job)
+        run = world.from_first(run)
+        session = _Session(world, job, folder, run, stop)
+        result = session.run(choice)
+        world.barrier()
     return result
 
 
-class _Session:
-    """What goes on around the loop: rows, evaluations and the run's folder, all on rank 0."""
+def lock(world: World, stack: ExitStack, folder: Path) -> None:
+    """Hold the folder's lock on rank 0; FolderInUse on every rank if another run has it. Collective."""
+    refused = ""
+    if world.rank == 0:
+        try:
+            stack.enter_context(RunLock(folder))
+        except FolderInUse as error:
+            refused = str(error)
+    if refused := world.from_first(refused):
+        raise FolderInUse(refused)
 
-    def __init__(self, trainer: Trainer, folder: Path) -> None:
-        self._trainer, self._folder, self._job = trainer, folder, trainer.job
-        self._first = trainer.world.rank == 0
+
+def clear_replay(world: World, job: TrainJob) -> None:
+    """Delete what the run that is gone on with had mapped to disk; its checkpoints hold the frames. Collective."""
+    if job.config.replay_dir is not None:
+        for number in owned_shards(job, world.rank):
+            for path in (job.config.replay_dir / f"shard-{number}").glob(FRAMES):
+                path.unlink()
+    world.barrier()
+
+
+class _Session:
+    """What goes on around the loop: rows, evaluations, checkpoints and the run's folder, all told on rank 0."""
+
+    def __init__(self, world: World, job: TrainJob, folder: Path, run: str, stop: StopSignal) -> None:
+        self._world, self._folder, self._job, self._run, self._stop = world, folder, job, run, stop
+        self._first = world.rank == 0
         self._episodes: list[Episode] = []
         self._rows: list[dict[str, float]] = []
         self._evaluation: Evaluation | None = None
+        self._checkpoints: Checkpoints | None = None
+        self._resumed, self._lost = 0, ()
+        self._step: TrainStep | None = None
 
-    def run(self) -> TrainResult:
-        job, begin = self._job, time.perf_counter()
-        with ExitStack() as stack:
-            logs: Logs | None = None
-            if self._first:
-                write_config(self._folder, job, json.loads(self._trainer.arrangement.plans[0].to_json()))
-                logs = stack.enter_context(
-                    open_logs(
-                        self._folder, wandb=job.config.wandb, config=asdict(job.config) | {"layout": job.layout.name}
-                    )
+    def run(self, choice: Choice | None) -> TrainResult:
+        """The run from its beginning, or from the checkpoint ``choice``."""
+        try:
+            with ExitStack() as stack:
+                trainer = Trainer(self._world, self._job, self._folder, self._asked)
+                stack.callback(trainer.close)
+                return self._run_with(trainer, choice, stack)
+        except BaseException as error:
+            if self._first and (self._folder / CONFIG).exists():
+                self._tell(FAILED, f"{type(error).__name__}: {error}")
+            raise
+
+    def _run_with(self, trainer: Trainer, choice: Choice | None, stack: ExitStack) -> TrainResult:
+        job, self._trainer = self._job, trainer
+        progress = self._progress = Progress(job.settings.batch_size)
+        earlier = self._load(choice)
+        begin = time.perf_counter() - earlier
+        frames = job.frames_after(trainer.first_round)
+        logs: Logs | None = None
+        if self._first:
+            write_config(self._folder, job, json.loads(trainer.arrangement.plans[0].to_json()), self._run)
+            about = asdict(job.config) | {"layout": job.layout.name}
+            logs = stack.enter_context(
+                open_logs(
+                    self._folder,
+                    wandb=job.config.wandb,
+                    config=about,
+                    resume_at=frames if job.config.resume is not None else None,
                 )
-            total = job.frames_after(job.num_rounds)
-            bar = stack.enter_context(
-                tqdm(total=total, unit=" frames", unit_scale=True, disable=not self._first, file=sys.stderr)
             )
-            progress = Progress(job.settings.batch_size)
-            for step in self._trainer.run():
-                progress.add(step)
-                bar.update(step.frames - bar.n)
-                evaluates = job.evaluates_after(step.round)
-                if evaluates or job.logs_after(step.round):
-                    row = self._row(progress)
-                    if evaluates:
-                        begun = time.perf_counter()
-                        row |= self._evaluate()
-                        progress.resume()
-                        begin += time.perf_counter() - begun
-                    if logs is not None:
-                        logs.write(step.frames, row)
-                        bar.set_postfix_str(_postfix(row))
-                    self._rows.append({"frames": float(step.frames), **row})
-        if self._trainer.learner is not None:
+            self._tell(RUNNING)
+        total = job.frames_after(job.num_rounds)
+        bar = stack.enter_context(
+            tqdm(total=total, initial=frames, unit=" frames", unit_scale=True, disable=not self._first, file=sys.stderr)
+        )
+        self._checkpoints = checkpoints = Checkpoints(trainer, self._folder, self._run, choice)
+        for step in trainer.run():
+            self._step = step
+            progress.add(step)
+            bar.update(step.frames - bar.n)
+            evaluates = job.evaluates_after(step.round)
+            if evaluates or job.logs_after(step.round):
+                row = self._row(progress)
+                if evaluates:
+                    begun = time.perf_counter()
+                    row |= self._evaluate()
+                    progress.resume()
+                    begin += time.perf_counter() - begun
+                if logs is not None:
+                    logs.write(step.frames, row)
+                    bar.set_postfix_str(_postfix(row))
+                self._rows.append({"frames": float(step.frames), **row})
+            done = step.round + 1 == job.num_rounds
+            if (trainer.asked and not done) or job.checkpoints_after(step.round):
+                self._save(step, time.perf_counter() - begin)
+            if checkpoints.look() or evaluates or job.logs_after(step.round):
+                self._tell(RUNNING)
+            if trainer.asked == STOP and not done:
+                checkpoints.wait()
+                return self._stopped(step)
+        if trainer.learner is not None:
             self._finish(time.perf_counter() - begin)
+        checkpoints.wait()
+        self._tell(FINISHED)
+        if not job.config.checkpoint_at_end:
+            checkpoints.remove()
+        return self._result()
+
+    def _asked(self) -> int:
+        return asked_for(self._checkpoints, self._stop, self._world.rank)
+
+    def _load(self, choice: Choice | None) -> float:
+        """Go on from ``choice``; the seconds that were trained before it. Collective over the world."""
+        if choice is None:
+            return 0.0
+        besides, counters = go_on(self._trainer, choice), choice.manifest.counters
+        self._lost = tuple(sorted({*counters["replay_lost"], *choice.gone}))
+        self._resumed = counters["resumed"] + 1
+        if not self._first:
+            return 0.0
+        self._rows = [row for row in read_progress(self._folder) if row["frames"] <= choice.manifest.frames]
+        self._episodes = list(episodes_of(besides["run.episodes"]))
+        row = {"losses": besides["run.losses"], "norms": besides["run.norms"]}
+        self._progress.load_state(row, counters, episodes_of(besides["run.pending"]))
+        return float(counters["seconds"])
+
+    def _save(self, step: TrainStep, seconds: float) -> None:
+        """Begin to write a checkpoint. Collective over the world."""
+        assert self._checkpoints is not None
+        own, _ = self._progress.take()
+        pending = [] if self._trainer.learner is None else self._trainer.to_first(own)
+        row, counters = self._progress.state()
+        state: dict[str, Tensor] = {}
+        if self._first:
+            ended = [e for part in pending for e in part or []]
+            state = {f"run.{name}": values for name, values in row.items()}
+            state |= {"run.episodes": episode_rows(self._episodes), "run.pending": episode_rows(ended)}
+            counters |= {"seconds": seconds, "resumed": self._resumed, "replay_lost": list(self._lost)}
+        self._checkpoints.start(step.round + 1, state, counters)
+
+    def _stopped(self, step: TrainStep) -> TrainResult:
+        """The end of a run that was asked to stop."""
+        assert self._checkpoints is not None
+        if problem := self._checkpoints.problem:
+            raise NotSaved(f"asked to stop, but {problem}")
+        self._tell(STOPPED)
+        return replace(self._result(), stopped_at=step.frames)
+
+    def _result(self) -> TrainResult:
         return TrainResult(
             folder=self._folder,
             episodes=tuple(self._episodes),
@@ -154,9 +286,37 @@ class _Session:
             rows=tuple(self._rows),
         )
 
+    def _tell(self, state: str, problem: str = "") -> None:
+        """Write the run's status, on rank 0."""
+        if not self._first:
+            return
+        job, step, saved = self._job, self._step, self._checkpoints.last if self._checkpoints else None
+        checkpoint: dict[str, float] = {}
+        if saved is not None and saved.manifest is not None:
+            m = saved.manifest
+            checkpoint = {"round": m.round, "frames": m.frames, "written": m.written, "seconds": saved.writing_s}
+            checkpoint |= {"bytes": m.num_bytes, "frame_bytes": m.num_row_bytes}
+        first = self._trainer.first_round if hasattr(self, "_trainer") else 0
+        rounds = first if step is None else step.round + 1
+        status = now(
+            state=state,
+            frames=job.frames_after(rounds),
+            total_frames=job.frames_after(job.num_rounds),
+            updates=job.updates_after(rounds),
+            layout=job.layout.name,
+            resumed=self._resumed,
+            replay_lost=self._lost,
+            row=self._rows[-1] if self._rows else {},
+            checkpoint=checkpoint,
+            problem=problem or (self._checkpoints.problem if self._checkpoints else ""),
+        )
+        status.write(self._folder)
+
     def _row(self, progress: Progress) -> dict[str, float]:
         """A row of all replicas, on rank 0; the other ranks' is their own part."""
         own = progress.take()
+        if self._trainer.learner is None:
+            return progress.row(*own)
         parts = [part for part in self._trainer.to_first(own) if part is not None] or [own]
         episodes = sorted((e for part in parts for e in part[0]), key=lambda e: (e.step, e.environment))
         self._episodes += episodes
@@ -212,7 +372,7 @@ class _Session:
             },
             environment=job.environment,
         )
-        append_records(self._folder / RECORDS, [record])
+        write_record(self._folder, record)
         network = job.make_network()
         network.load_state_dict(weights)
         save_policy(self._folder, network, job.agent, job.spec)

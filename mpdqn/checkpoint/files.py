@@ -1,0 +1,69 @@
+"""Files whose digest is taken as they are written, and told again from what lies on the disk."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from mpdqn.checkpoint.manifest import DamagedCheckpoint, FileEntry
+
+BLOCK = 1 << 22
+"""Bytes at a time: neither hashing nor writing holds Python's lock meanwhile."""
+
+
+class DigestedFile:
+    """A new file under way; a context manager, which has it on the disk at the end."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._hash, self.size = path, hashlib.sha256(), 0
+
+    def write(self, data: memoryview) -> None:
+        """Append ``data``, of bytes."""
+        for begin in range(0, len(data), BLOCK):
+            block = data[begin : begin + BLOCK]
+            self._hash.update(block)
+            self._file.write(block)
+        self.size += len(data)
+
+    @property
+    def entry(self) -> FileEntry:
+        """Of what was written so far."""
+        return FileEntry(bytes=self.size, sha256=self._hash.hexdigest())
+
+    def __enter__(self) -> Self:
+        self._file: Any = self._path.open("wb")
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if error is None:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+
+
+def check_file(path: Path, entry: FileEntry) -> None:
+    """Raise DamagedCheckpoint unless the file is as it was written."""
+    try:
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise DamagedCheckpoint(f"{path} is damaged: it has {size} bytes and was written with {entry.bytes}")
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror or error}") from error
+    if digest != entry.sha256:
+        raise DamagedCheckpoint(f"{path} is damaged: its digest is {digest[:12]}, not {entry.sha256[:12]}")
+
+
+def sync_folder(folder: Path) -> None:
+    """Have the names in ``folder`` on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,159 @@
+"""Which checkpoint to go on from, and its tensors, by parameter name and virtual shard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.state_dict_loader import load
+
+from mpdqn.checkpoint.files import check_file
+from mpdqn.checkpoint.folder import CheckpointFolder
+from mpdqn.checkpoint.manifest import DamagedCheckpoint, Manifest, RowsEntry, ShardRows, WrongCheckpoint
+from mpdqn.checkpoint.rows import check_rows, load_rows
+from mpdqn.checkpoint.storage import RawReader
+from mpdqn.mesh import World
+from mpdqn.replay import VirtualShards
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """The checkpoint to go on from, the same on every rank.
+
+    ``damaged`` tells what is wrong with newer ones; ``gone`` are the shards whose frames lay where no rank finds them
+    any more, with where that was. ``rows`` is where this rank's shards have theirs.
+    """
+
+    manifest: Manifest
+    folder: Path
+    damaged: tuple[str, ...]
+    gone: Mapping[int, str]
+    rows: Mapping[int, Path]
+
+
+def choose(
+    world: World, folder: CheckpointFolder, owned: Sequence[int], accept: Callable[[Manifest, Path], None]
+) -> Choice | None:
+    """The newest checkpoint of ``folder`` that is whole; None if there is none at all. Collective over the world.
+
+    Every file is read and its digest taken, each rank's frames by that rank.
+
+    Args:
+        world: all ranks.
+        folder: the run's checkpoints, and where this rank would have the frames of its shards.
+        owned: the shards that this rank is to have.
+        accept: raises WrongCheckpoint for a manifest that is not of this run.
+
+    Raises:
+        WrongCheckpoint: on every rank, for the newest one that is whole but of another version, run or network.
+        DamagedCheckpoint: on every rank, if none is whole, with what is wrong with each.
+    """
+    damaged: list[str] = []
+    for path in world.from_first(folder.found()):
+        manifest: Manifest | None = None
+        wrong: str | None = None
+        problems: list[str] = []
+        gone: dict[int, str] = {}
+        places: dict[int, Path] = {}
+        try:
+            manifest = Manifest.read(path)
+            accept(manifest, path)
+            names = sorted(manifest.files)
+            for name in names[world.rank :: world.size]:
+                check_file(path / name, manifest.files[name])
+            for v in owned:
+                place = _place(folder, v, manifest.rows[v])
+                if place is None:
+                    gone[v] = f"{manifest.rows[v].folder} on {manifest.rows[v].host}"
+                else:
+                    check_rows(place, manifest.rows[v].files)
+                    places[v] = place
+        except WrongCheckpoint as error:
+            wrong = str(error)
+        except DamagedCheckpoint as error:
+            problems.append(str(error))
+        except KeyError as error:
+            problems.append(f"{path} has no shard {error}")
+        told = _from_all(world, (wrong, problems, gone))
+        if wrongs := [text for text, _, _ in told if text is not None]:
+            raise WrongCheckpoint(wrongs[0])
+        if found := [text for _, texts, _ in told for text in texts]:
+            damaged.append(found[0])
+            continue
+        assert manifest is not None
+        everywhere = {v: text for _, _, part in told for v, text in part.items()}
+        return Choice(manifest=manifest, folder=path, damaged=tuple(damaged), gone=everywhere, rows=places)
+    if damaged:
+        raise DamagedCheckpoint(
+            f"none of the {len(damaged)} checkpoints in {folder.root} is whole: {'; '.join(damaged)}; delete that "
+            "folder to begin the run anew"
+        )
+    return None
+
+
+def load_tensors(world: World, choice: Choice, targets: dict[str, Tensor]) -> None:
+    """Fill each of ``targets`` with the tensor of its name; they may differ from rank to rank. Collective.
+
+    Raises:
+        WrongCheckpoint: if a name is missing, or of another shape or dtype.
+    """
+    entries = choice.manifest.tensors
+    for name, target in targets.items():
+        entry = entries.get(name)
+        have = str(target.dtype).removeprefix("torch."), tuple(target.shape)
+        if entry is None or (entry.dtype, entry.shape) != have:
+            there = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
+            raise WrongCheckpoint(
+                f"{choice.folder} holds {there} as {name} and {have[0]} {list(have[1])} is needed; resume with the "
+                "settings of the run"
+            )
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    group = world.meeting(range(world.size), "checkpoints")
+    load(dict(targets), storage_reader=RawReader(choice.folder, choice.manifest), planner=planner, process_group=group)
+
+
+def empty(choice: Choice, names: Sequence[str]) -> dict[str, Tensor]:
+    """New tensors on the CPU for `load_tensors`, with the shapes and dtypes that the checkpoint has for ``names``."""
+    entries = choice.manifest.tensors
+    return {n: torch.empty(entries[n].shape, dtype=getattr(torch, entries[n].dtype)) for n in names}
+
+
+def load_frames(choice: Choice, shards: VirtualShards) -> None:
+    """The frames of all owned shards that are not gone; their cursors must be loaded already."""
+    for v, place in choice.rows.items():
+        load_rows(place, choice.manifest.rows[v].files, shards[v])
+
+
+def usable_rows(choice: Choice, folder: CheckpointFolder) -> dict[int, tuple[RowsEntry, ...]]:
+    """The files of this rank's frames that further checkpoints share: those that lie in ``folder`` themselves."""
+    return {
+        v: choice.manifest.rows[v].files
+        for v, place in choice.rows.items()
+        if place.resolve() == folder.shard_folder(v).resolve()
+    }
+
+
+def _place(folder: CheckpointFolder, number: int, rows: ShardRows) -> Path | None:
+    """Where the frames of a shard are; None if nowhere that this rank can see, and not by damage."""
+    recorded, here = Path(rows.folder), folder.shard_folder(number)
+    for place in (here, recorded, folder.root / "rows" / here.name):
+        if any((place / one.file).exists() for one in rows.files):
+            return place
+    # Inside the run's folder they belong to the checkpoint, and are missing; elsewhere it was another disk.
+    inside = recorded.parent.name == "rows" and recorded.parent.parent.name == folder.root.name
+    return here if inside or not rows.files else None
+
+
+def _from_all(world: World, value: tuple[str | None, list[str], dict[int, str]]) -> list[
+    tuple[str | None, list[str], dict[int, str]]
+]:  # fmt: skip
+    if world.size == 1:
+        return [value]
+    values: list[tuple[str | None, list[str], dict[int, str]] | None] = [None] * world.size
+    dist.all_gather_object(values, value, group=world.lobby)
+    return [v for v in values if v is not None]

@@ -1,0 +1,149 @@
+"""A run that was stopped goes on as if nothing had happened: every bit of it, on the same layout."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mpdqn.checkpoint.folder import CheckpointFolder
+from mpdqn.launch import launch
+from mpdqn.logs import read_progress
+from mpdqn.mesh import World
+from mpdqn.records import RECORDS, read_records
+from mpdqn.train import TrainConfig, TrainResult
+from mpdqn.train.check import check
+from mpdqn.train.run import train_in
+from tests.train.settings import small
+from tests.train.stopping import train_for, train_parts
+
+pytestmark = pytest.mark.timeout(900)
+
+AHEAD = {"lookahead": 1, "prefetch": 1}
+RUNS: dict[str, dict[str, Any]] = {
+    "single": {},
+    "rainbow-ahead": {"agent": "rainbow", **AHEAD},
+    "lag": {"actor_lag": 3, "round_steps": 2, "n_step": 3},
+    "atari": {"env": "breakout", "frames": 6_400, "min_replay": 400, "replay_period": 16, "target_period": 20},
+    "on-disk": {"replay_dir": Path("replay"), "prioritized": True},
+    "dp2": {"layout": "dp2"},
+    "rainbow-pp2-td1f1b": {"layout": "pp2-td1f1b/m2", "agent": "rainbow", "actor_lag": 1, **AHEAD},
+    "acting-ranks": {"layout": "single@1", "actors": "workers", "prioritized": True},
+    "acting-ranks-lag2": {"layout": "single@1", "actors": "workers", "actor_lag": 2},
+    "dp2xpp2": {"layout": "dp2xpp2-1f1b/m2"},
+}
+STOPS = [40, 45]
+"""Before the first update, and 87 rounds in all: amid learning, after the ring has come round."""
+
+
+def config_of(name: str, out: Path) -> TrainConfig:
+    settings = {key: out / value if key == "replay_dir" else value for key, value in RUNS[name].items()}
+    return small(out, **{"checkpoint_at_end": True, "log_every": 300, "capacity": 500} | settings)
+
+
+def run_both(configs: list[tuple[TrainConfig, TrainConfig]]) -> list[list[TrainResult]]:
+    """Each run without a stop, and another one with two, in one world."""
+    with World.open("cpu", 60) as world:
+        return [[train_in(world, check(whole)), *train_parts(world, parts, STOPS)] for whole, parts in configs]
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[TrainResult]]:
+    configs = {
+        name: (config_of(name, tmp_path_factory.mktemp(name)), config_of(name, tmp_path_factory.mktemp(name)))
+        for name in RUNS
+    }
+    ranks = {name: check(configs[name][0]).num_ranks for name in RUNS}
+    found: dict[str, list[TrainResult]] = {}
+    for num_ranks, group in itertools.groupby(sorted(RUNS, key=ranks.__getitem__), ranks.__getitem__):
+        names = list(group)
+        outcome = launch(run_both, [configs[name] for name in names], num_workers=num_ranks)[0]
+        found |= zip(names, outcome, strict=True)
+    return found
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    """All that the newest checkpoint of a run holds, by name; each frame by shard, environment and position."""
+    checkpoints = CheckpointFolder(folder)
+    manifest = checkpoints.manifests()[0]
+    held: dict[str, bytes] = {}
+    for name, entry in manifest.tensors.items():
+        data = (checkpoints.folder(manifest.round) / entry.file).read_bytes()
+        held[name] = data[entry.offset : entry.offset + entry.bytes]
+    for v, shard in manifest.rows.items():
+        for one in shard.files:
+            data = (Path(shard.folder) / one.file).read_bytes()
+            places = [(e, p) for e, (a, b) in enumerate(zip(one.first, one.stop, strict=True)) for p in range(a, b)]
+            size = len(data) // len(places)
+            held |= {f"frame {v}.{e}.{p}": data[k * size : (k + 1) * size] for k, (e, p) in enumerate(places)}
+    return held
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_a_run_that_was_stopped_twice_is_the_run(name: str, results: dict[str, list[TrainResult]]) -> None:
+    whole, first, second, last = results[name]
+    config = config_of(name, whole.folder.parent)
+    job = check(replace(config, replay_dir=None))
+    assert [first.stopped_at, second.stopped_at, last.stopped_at] == [
+        *(job.frames_after(rounds) for rounds in (41, 87)),
+        None,
+    ]
+    assert last.folder == first.folder
+    assert last.episodes == whole.episodes
+    assert len(whole.episodes) > (50 if "minatar" in config.env else 3)
+    weights = [torch.load(result.folder / "weights.pt") for result in (whole, last)]
+    assert all(torch.equal(t, weights[1][n]) for n, t in weights[0].items())
+    rates = ("frames_per_s", "updates_per_s", "late_passes")
+    for one, other in zip(read_progress(whole.folder), read_progress(last.folder), strict=True):
+        assert {k: v for k, v in one.items() if k not in rates} == {k: v for k, v in other.items() if k not in rates}
+    (record,), (same,) = read_records(whole.folder / RECORDS), read_records(last.folder / RECORDS)
+    assert dict(record.values) | {"seconds": 0} == dict(same.values) | {"seconds": 0}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_it_ends_with_the_same_replay_games_and_optimizer(name: str, results: dict[str, list[TrainResult]]) -> None:
+    """Every byte of the checkpoint of its end: no transition is lost, none is there twice."""
+    whole, *_, last = results[name]
+    one, other = everything(whole.folder), everything(last.folder)
+    # The one was written at once, the other in parts, which begin with frames that the ring has lost since.
+    more = other.keys() - one.keys()
+    assert all(n.startswith("frame ") for n in more)
+    assert one == {n: data for n, data in other.items() if n not in more}
+    assert sum(n.startswith("frame ") for n in one) > 500
+    assert {n.split(".")[0] for n in one} >= {"online", "target", "adam", "replay", "games", "run"}
+
+
+def test_these_runs_differ_from_each_other(results: dict[str, list[TrainResult]]) -> None:
+    """Else it would not show that what makes them differ is kept."""
+    ends = {json.dumps(read_progress(result[0].folder)[-1].get("loss")) for result in results.values()}
+    assert len(ends) >= len(RUNS) - 3  # those that only the layout makes other are the same
+
+
+LAYOUTS = ({"layout": "single@1"}, {"layout": "dp2xpp2-1f1b/m2"}, {"layout": "pp2-1f1b/m2", "actors": "inline"})
+
+
+def part(config: TrainConfig, rounds: int) -> TrainResult:
+    with World.open("cpu", 60) as world:
+        return train_for(world, config, rounds)
+
+
+@pytest.mark.parametrize("settings", [{}, {"agent": "rainbow", "actor_lag": 1, **AHEAD}], ids=["dqn", "rainbow"])
+def test_a_run_goes_on_on_other_layouts(settings: dict[str, Any], tmp_path: Path) -> None:
+    """1 × 1, then 2 × 2, then 1 × 2, in float64: the same episodes, and weights within 1e-10."""
+    config = small(tmp_path / "whole", dtype="float64", layout="single@1", **settings)
+    whole = launch(part, config, 10**9, num_workers=1)[0]
+    config = replace(config, out=tmp_path / "parts")
+    folder: Path | None = None
+    for layout, rounds in zip(LAYOUTS, (90, 50, 10**9), strict=True):
+        config = replace(config, resume=folder, **layout)
+        result = launch(part, config, rounds, num_workers=check(config).num_ranks)[0]
+        folder = result.folder
+    assert result.episodes == whole.episodes
+    one, other = (torch.load(r.folder / "weights.pt") for r in (whole, result))
+    error = sum(float(((one[n] - other[n]) ** 2).sum()) for n in one) ** 0.5
+    assert error <= 1e-10 * sum(float((t**2).sum()) for t in one.values()) ** 0.5
