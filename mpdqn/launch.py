@@ -44,6 +44,10 @@ GRACE_S = 3.0
 """Seconds for which a worker that lost its peer waits before it fails, so that the peer's own failure is seen first."""
 
 
+SAME_SIGNAL_S = 5.0
+"""A second signal within so many seconds is the same one: schedulers send it to all processes, parents hand it on."""
+
+
 class WorkerError(RuntimeError):
     """A worker failed; the message gives its rank and its own error, a note its traceback."""
 
@@ -83,7 +87,7 @@ def launch(
         args: the same for every worker.
         num_workers: how many processes, at least 1.
         port: the rendezvous' TCP port on the loopback interface; 0 for a free one.
-        forward_sigterm: SIGTERM is for the function to see in each worker, and ends nothing by itself; a second one
+        forward_sigterm: SIGTERM is for the function to see in each worker, and ends nothing by itself; a later one
             does.
 
     Raises:
@@ -107,6 +111,7 @@ def launch(
             max_restarts=0,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=str(job / "agent")),  # or it would leave a folder behind
+            signals_to_handle="SIGINT,SIGHUP,SIGQUIT" + ",SIGTERM" * (not forward_sigterm),
         )
         try:
             with (
@@ -212,8 +217,11 @@ def _end_remaining(run_id: str) -> None:
 
 
 def a_peer_ended() -> bool:
-    """Whether one of the processes that were started with this one, by the same launcher on this host, has ended."""
-    mark = _mark(os.environ.get("TORCHELASTIC_RUN_ID", ""))
+    """Whether one of the processes that torch's launcher started with this one, on this host, has ended."""
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run_id is None:  # another launcher, which leaves no trace of its own
+        return False
+    mark = _mark(run_id)
     return len(_workers_of(os.getppid(), mark)) < launched_local_world_size()
 
 
@@ -279,19 +287,19 @@ class _Forwarding:
 
     def __init__(self, run_id: str | None) -> None:
         self._wanted = run_id is not None and threading.current_thread() is threading.main_thread()
-        self._run_id, self.done = run_id, False
+        self._run_id, self.done, self._at = run_id, False, 0.0
 
     def __enter__(self) -> _Forwarding:
         if self._wanted:
-            # The agent sets its handlers for those that are named here.
-            os.environ["TORCHELASTIC_SIGNALS_TO_HANDLE"] = "SIGINT,SIGHUP,SIGQUIT"
             self._before = signal.signal(signal.SIGTERM, self._forward)
         return self
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         if self.done:
-            raise SignalException("stopped by a second SIGTERM", signal.SIGTERM)
-        self.done = True
+            if time.monotonic() - self._at > SAME_SIGNAL_S:
+                raise SignalException("stopped by a second SIGTERM", signal.SIGTERM)
+            return
+        self.done, self._at = True, time.monotonic()
         for pid in _workers_of(os.getpid(), _mark(self._run_id or "")):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)

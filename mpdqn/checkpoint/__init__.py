@@ -7,5 +7,6 @@ storage.py   named tensors through torch.distributed.checkpoint, as raw bytes wi
 folder.py    where a run's checkpoints lie; which one to go on from, and which to delete
 saver.py     writing one beside training, whole or not at all
 loader.py    reading one, by parameter name and virtual shard
+contents.py  all bytes of one, to compare two
 learner.py   a learner's state by parameter name
 """

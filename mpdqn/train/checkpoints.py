@@ -24,7 +24,8 @@ from mpdqn.checkpoint.saver import NotSaved, Saved, Saver
 from mpdqn.mesh import World
 from mpdqn.train.acting import Acting
 from mpdqn.train.config import TrainJob
-from mpdqn.train.loop import Trainer, owned_shards
+from mpdqn.train.loop import Trainer
+from mpdqn.train.rank import owned_shards
 from mpdqn.train.state import refill, restore, trainer_state, waiting_deliveries
 from mpdqn.train.stop import StopSignal
 
@@ -58,7 +59,8 @@ def choose_checkpoint(world: World, job: TrainJob, folder: Path, run: str) -> Ch
             )
 
     own = checkpoint_folder(job, folder)
-    choice = choose(world, own, owned_shards(job, world.rank), accept)
+    stored = owned_shards(job, world.rank) if world.rank < job.layout.ranks else range(0)
+    choice = choose(world, own, stored, accept)
     if choice is not None and world.rank == 0:
         for text in choice.damaged:
             warnings.warn(f"{text}; the run goes on from {choice.folder}", stacklevel=2)
@@ -131,7 +133,7 @@ class Checkpoints:
             files={},
             tensors={},
             rows={},
-            counters={**counters, "steps_played": steps, "waiting_deliveries": waiting},
+            counters={**counters, "seed": job.config.seed, "steps_played": steps, "waiting_deliveries": waiting},
             written=time.time(),
             version=metadata.version("mpdqn"),
         )

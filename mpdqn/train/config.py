@@ -109,11 +109,11 @@ class TrainConfig:
     checkpoint_every: int = 0
     """Frames between two checkpoints, besides; 0: none by the frames."""
     checkpoint_at_end: bool = False
-    """Keep a checkpoint of the end, from which --resume goes on with more --frames; else the end deletes them all."""
+    """Keep a checkpoint of the end too, to train on from with more frames. Without, the end deletes them all."""
     keep_checkpoints: int = 2
     """Checkpoints that are kept; the newest is taken that is whole."""
     resume: Path | None = None
-    """Folder of a run to go on with, where its newest checkpoint is; other flags may change how it is computed."""
+    """Folder of a run to go on with from its newest checkpoint (docs/checkpoints.md)."""
     seed: int = 0
     """Seed of everything."""
     out: Path = Path("results/train")

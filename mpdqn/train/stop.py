@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any, Self
 
-from mpdqn.launch import a_peer_ended
+from mpdqn.launch import SAME_SIGNAL_S, a_peer_ended
 from mpdqn.mesh import launched
 
 EXIT_RESUMABLE = 75
@@ -23,16 +24,19 @@ EXIT_RESUMABLE = 75
 class StopSignal:
     """Notes SIGTERM while in the context, in the main thread; elsewhere, and before, it ends the process.
 
-    A launcher also sends SIGTERM when another rank has failed; then there is nothing to wait for, and the process ends.
+    So does a second one, seconds later. A launcher also sends SIGTERM when another rank has failed; then there is
+    nothing to wait for, and the process ends as well.
     """
 
     def __init__(self) -> None:
-        self.received = False
+        self.received, self._at = False, 0.0
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if launched() and a_peer_ended():
-            os._exit(128 + signal.SIGTERM)
-        self.received = True
+        again = self.received and time.monotonic() - self._at > SAME_SIGNAL_S
+        if again or (launched() and a_peer_ended()):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGTERM)
+        self.received, self._at = True, time.monotonic()
 
     def __enter__(self) -> Self:
         self._before: Any = None

@@ -19,8 +19,10 @@ FLAGS = {
         --learning-rate --replay-period --min-replay --capacity --target-period --target-tau --epsilon-decay-frames
         --evaluation-epsilon --lookahead --prefetch --recompute --num-shards --envs-per-shard --round-steps --actor-lag
         --actors --env-workers --replay-dir --dtype --precision --compile --device --evaluate-every
-        --evaluation-episodes --log-every --seed --out --wandb --timeout --port --smoke
+        --evaluation-episodes --log-every --checkpoint-minutes --checkpoint-every --checkpoint-at-end --keep-checkpoints
+        --resume --seed --out --wandb --timeout --port --smoke
     """,
+    "status": "",
     "evaluate": "--run --episodes --epsilon --video --seed --num-envs --workers",
     "curves": "--runs --out --column --average --band --window",
 }
@@ -48,7 +50,7 @@ def test_an_unknown_command_and_none(capfd: pytest.CaptureFixture[str]) -> None:
     assert main([]) == 0
     assert main(["--help"]) == 0
     out, err = capfd.readouterr()
-    assert out.startswith("usage: mpdqn {compare,train,evaluate,curves} [flags]")
+    assert out.startswith("usage: mpdqn {compare,train,status,evaluate,curves} [flags]")
     assert err == ""
 
 
@@ -57,6 +59,8 @@ def test_an_unknown_command_and_none(capfd: pytest.CaptureFixture[str]) -> None:
     [
         (["train", "--agent", "rainbw"], "unknown agent 'rainbw'; did you mean 'rainbow'?"),
         (["train", "--env", "pomg"], "try 'pong'"),
+        (["train", "--resume", "nowhere"], "nowhere does not exist; give the folder that a training run made"),
+        (["status", "nowhere"], "nowhere has no readable status.json"),
         (["evaluate", "--run", "nowhere"], "nowhere is no finished training run"),
         (["curves", "--runs", "nowhere"], "nowhere"),
     ],

@@ -30,8 +30,16 @@ def test_train_then_evaluate_then_draw(tmp_path: Path) -> None:
         assert words in done.stderr.split("\r")[-1]
     folder = run_folder(tmp_path / "runs")
     names = {path.name for path in folder.iterdir()}
-    files = {"config.json", "environment.json", "policy.pt2", "progress.csv", "records.jsonl", "weights.pt"}
-    assert names == files | {"tensorboard"}
+    files = {
+        "config.json",
+        "environment.json",
+        "policy.pt2",
+        "progress.csv",
+        "records.jsonl",
+        "status.json",
+        "weights.pt",
+    }
+    assert names == files | {"tensorboard", ".lock"}
     about = json.loads((folder / "config.json").read_text())
     assert (about["config"]["seed"], about["layout"], about["plan"]["placement"]) == (0, "dp2", [[0, 1]])
     environment = json.loads((folder / "environment.json").read_text())

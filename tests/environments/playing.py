@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from tensordict import TensorDict
 
@@ -18,10 +20,13 @@ def some_actions(environment: BatchedEnvironment, steps: int) -> torch.Tensor:
     return torch.stack(columns, dim=1)
 
 
-def play(environment: BatchedEnvironment, actions: torch.Tensor) -> TensorDict:
+def play(
+    environment: BatchedEnvironment, actions: torch.Tensor, before_step: Callable[[int], None] = lambda t: None
+) -> TensorDict:
     """The transitions [T, N] that ``actions`` lead to, with resets where episodes end."""
     current, steps = environment.reset(), []
-    for action in actions:
+    for t, action in enumerate(actions):
+        before_step(t)
         current["action"] = action
         transition, current = environment.step_and_maybe_reset(current)
         steps.append(transition.clone())

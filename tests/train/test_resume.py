@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from mpdqn.checkpoint.folder import CheckpointFolder
+from mpdqn.checkpoint.contents import contents, differences
 from mpdqn.launch import launch
 from mpdqn.logs import read_progress
 from mpdqn.mesh import World
@@ -52,41 +53,50 @@ def run_both(configs: list[tuple[TrainConfig, TrainConfig]]) -> list[list[TrainR
         return [[train_in(world, check(whole)), *train_parts(world, parts, STOPS)] for whole, parts in configs]
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[TrainResult]]:
-    configs = {
-        name: (config_of(name, tmp_path_factory.mktemp(name)), config_of(name, tmp_path_factory.mktemp(name)))
-        for name in RUNS
-    }
-    ranks = {name: check(configs[name][0]).num_ranks for name in RUNS}
-    found: dict[str, list[TrainResult]] = {}
-    for num_ranks, group in itertools.groupby(sorted(RUNS, key=ranks.__getitem__), ranks.__getitem__):
-        names = list(group)
-        outcome = launch(run_both, [configs[name] for name in names], num_workers=num_ranks)[0]
-        found |= zip(names, outcome, strict=True)
+IN_EVERY_TEST = ("rainbow-ahead", "lag", "atari", "rainbow-pp2-td1f1b", "acting-ranks-lag2")
+"""What the kill drill's small form, which is in every test too, does not have; the others are in the matrix."""
+IN_THE_MATRIX = tuple(name for name in RUNS if name not in IN_EVERY_TEST)
+
+Results = dict[str, list[TrainResult]]
+
+
+def run_all(names: Sequence[str], folders: pytest.TempPathFactory) -> Results:
+    """Of each run: the one without a stop, and the three parts of the one with two."""
+    configs = {name: (config_of(name, folders.mktemp(name)), config_of(name, folders.mktemp(name))) for name in names}
+    ranks = {name: check(configs[name][0]).num_ranks for name in names}
+    found: Results = {}
+    for num_ranks, group in itertools.groupby(sorted(names, key=ranks.__getitem__), ranks.__getitem__):
+        of_one_size = list(group)
+        outcome = launch(run_both, [configs[name] for name in of_one_size], num_workers=num_ranks)[0]
+        found |= zip(of_one_size, outcome, strict=True)
     return found
 
 
-def everything(folder: Path) -> dict[str, bytes]:
-    """All that the newest checkpoint of a run holds, by name; each frame by shard, environment and position."""
-    checkpoints = CheckpointFolder(folder)
-    manifest = checkpoints.manifests()[0]
-    held: dict[str, bytes] = {}
-    for name, entry in manifest.tensors.items():
-        data = (checkpoints.folder(manifest.round) / entry.file).read_bytes()
-        held[name] = data[entry.offset : entry.offset + entry.bytes]
-    for v, shard in manifest.rows.items():
-        for one in shard.files:
-            data = (Path(shard.folder) / one.file).read_bytes()
-            places = [(e, p) for e, (a, b) in enumerate(zip(one.first, one.stop, strict=True)) for p in range(a, b)]
-            size = len(data) // len(places)
-            held |= {f"frame {v}.{e}.{p}": data[k * size : (k + 1) * size] for k, (e, p) in enumerate(places)}
-    return held
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run_all(IN_EVERY_TEST, tmp_path_factory)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_a_run_that_was_stopped_twice_is_the_run(name: str, results: dict[str, list[TrainResult]]) -> None:
-    whole, first, second, last = results[name]
+@pytest.fixture(scope="module")
+def more_results(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return run_all(IN_THE_MATRIX, tmp_path_factory)
+
+
+@pytest.mark.parametrize("name", IN_EVERY_TEST)
+def test_a_run_that_was_stopped_twice_is_the_run(name: str, results: Results) -> None:
+    assert_the_same_run(name, *results[name])
+
+
+@pytest.mark.matrix
+@pytest.mark.parametrize("name", IN_THE_MATRIX)
+def test_more_runs_that_were_stopped_twice(name: str, more_results: Results) -> None:
+    assert_the_same_run(name, *more_results[name])
+
+
+def assert_the_same_run(
+    name: str, whole: TrainResult, first: TrainResult, second: TrainResult, last: TrainResult
+) -> None:
+    """Episodes, weights, progress, record, and every byte of the checkpoint of the end: nothing lost, nothing twice."""
     config = config_of(name, whole.folder.parent)
     job = check(replace(config, replay_dir=None))
     assert [first.stopped_at, second.stopped_at, last.stopped_at] == [
@@ -104,24 +114,17 @@ def test_a_run_that_was_stopped_twice_is_the_run(name: str, results: dict[str, l
     (record,), (same,) = read_records(whole.folder / RECORDS), read_records(last.folder / RECORDS)
     assert dict(record.values) | {"seconds": 0} == dict(same.values) | {"seconds": 0}
 
-
-@pytest.mark.parametrize("name", RUNS)
-def test_it_ends_with_the_same_replay_games_and_optimizer(name: str, results: dict[str, list[TrainResult]]) -> None:
-    """Every byte of the checkpoint of its end: no transition is lost, none is there twice."""
-    whole, *_, last = results[name]
-    one, other = everything(whole.folder), everything(last.folder)
-    # The one was written at once, the other in parts, which begin with frames that the ring has lost since.
-    more = other.keys() - one.keys()
-    assert all(n.startswith("frame ") for n in more)
-    assert one == {n: data for n, data in other.items() if n not in more}
-    assert sum(n.startswith("frame ") for n in one) > 500
-    assert {n.split(".")[0] for n in one} >= {"online", "target", "adam", "replay", "games", "run"}
+    held, held_too = contents(whole.folder), contents(last.folder)
+    assert differences(held, held_too) == []
+    assert held.keys() <= held_too.keys(), "frames that were written in parts begin with some that the ring has lost"
+    assert sum(n.startswith("frame ") for n in held) > 500
+    assert {n.split(".")[0] for n in held} >= {"online", "target", "adam", "replay", "games", "run"}
 
 
-def test_these_runs_differ_from_each_other(results: dict[str, list[TrainResult]]) -> None:
+def test_these_runs_differ_from_each_other(results: Results) -> None:
     """Else it would not show that what makes them differ is kept."""
-    ends = {json.dumps(read_progress(result[0].folder)[-1].get("loss")) for result in results.values()}
-    assert len(ends) >= len(RUNS) - 3  # those that only the layout makes other are the same
+    ends = {json.dumps(read_progress(runs[0].folder)[-1].get("loss")) for runs in results.values()}
+    assert len(ends) == len(results)
 
 
 LAYOUTS = ({"layout": "single@1"}, {"layout": "dp2xpp2-1f1b/m2"}, {"layout": "pp2-1f1b/m2", "actors": "inline"})
@@ -132,7 +135,13 @@ def part(config: TrainConfig, rounds: int) -> TrainResult:
         return train_for(world, config, rounds)
 
 
-@pytest.mark.parametrize("settings", [{}, {"agent": "rainbow", "actor_lag": 1, **AHEAD}], ids=["dqn", "rainbow"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param({}, id="dqn", marks=pytest.mark.matrix),
+        pytest.param({"agent": "rainbow", "actor_lag": 1, **AHEAD}, id="rainbow"),
+    ],
+)
 def test_a_run_goes_on_on_other_layouts(settings: dict[str, Any], tmp_path: Path) -> None:
     """1 × 1, then 2 × 2, then 1 × 2, in float64: the same episodes, and weights within 1e-10."""
     config = small(tmp_path / "whole", dtype="float64", layout="single@1", **settings)

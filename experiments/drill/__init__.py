@@ -1,0 +1,1 @@
+"""What `experiments.kill_drill` kills, and how."""

@@ -1,0 +1,180 @@
+"""What cannot be gone on with is refused before any work, with both values and the next step, and stays as it was."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mpdqn.checkpoint.folder import CheckpointFolder
+from mpdqn.checkpoint.manifest import DamagedCheckpoint, WrongCheckpoint
+from mpdqn.mesh import World
+from mpdqn.replay.rows import FRAMES
+from mpdqn.train import TrainConfig, train
+from mpdqn.train.check import check
+from mpdqn.train.lock import FolderInUse, RunLock, in_use
+from mpdqn.train.resume import recorded_config
+from mpdqn.train.run import train_in
+from mpdqn.train.status import describe, read_status
+from tests.train.settings import small
+from tests.train.stopping import train_for
+
+
+def stop_a_run(out: Path, **settings: Any) -> Path:
+    """The folder of a run that was stopped after 90 rounds."""
+    with World.open("cpu", 60) as world:
+        return train_for(world, small(out, **settings), 90).folder
+
+
+@pytest.fixture(scope="module")
+def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return stop_a_run(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture
+def folder(pristine: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(pristine, tmp_path / pristine.name))
+
+
+def refused(folder: Path, message: str, error: type[Exception] = ValueError, **settings: Any) -> None:
+    """That going on is refused in one line, and nothing of the run changes."""
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} if folder.is_dir() else {}
+    with pytest.raises(error, match=re.escape(message)) as caught:
+        train(resume=folder, **settings)
+    assert "\n" not in str(caught.value)
+    after = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} if folder.is_dir() else {}
+    changing = {folder / "status.json", folder / ".lock", folder / "environment.json", folder / "config.json"}
+    assert {p: b for p, b in before.items() if p not in changing} == {
+        p: b for p, b in after.items() if p not in changing
+    }
+
+
+def test_a_folder_that_holds_no_run(tmp_path: Path) -> None:
+    refused(tmp_path, "is empty; give the folder that a training run made")
+    refused(tmp_path / "nowhere", "does not exist; give the folder that a training run made")
+    (tmp_path / "file").touch()
+    refused(tmp_path / "file", "is no folder; give the folder that a training run made")
+    compared = tmp_path / "compare"
+    compared.mkdir()
+    (compared / "records.jsonl").touch()
+    refused(compared, "holds no training run to go on with")
+    (compared / "config.json").write_text('{"config": {"layouts": ["dp2"]}, "run": "1"}')
+    refused(compared, "has the settings ['layouts'] too many and")
+
+
+def test_another_run_than_the_one_in_the_folder(folder: Path) -> None:
+    refused(folder, f"env is minatar-freeway but the run in {folder} has minatar-breakout", env="minatar-freeway")
+    refused(folder, f"agent is rainbow but the run in {folder} has dqn; leave it out", agent="rainbow")
+    refused(folder, f"num_shards is 2 but the run in {folder} has 4", num_shards=2)
+    refused(folder, f"frames is 800 but the run in {folder} has 1600; give as many or more", frames=800)
+    config = replace(recorded_config(folder), seed=1)
+    with pytest.raises(ValueError, match=r"seed is 1 but the run in .* has 0"):
+        train(config)
+
+
+def test_a_folder_that_cannot_be_written(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read-only disk, to root as to others: the kernel's word, EROFS."""
+    real = Path.touch
+
+    def touch(self: Path, *arguments: Any, **options: Any) -> None:
+        if self.parent == folder:
+            raise OSError(30, "Read-only file system")
+        real(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "touch", touch)
+    refused(folder, f"--resume {folder} cannot be written (Read-only file system)")
+
+
+def test_a_run_that_is_being_trained(folder: Path) -> None:
+    status = json.loads((folder / "status.json").read_text())
+    (folder / "status.json").write_text(json.dumps(status | {"state": "running"}))
+    assert read_status(folder).state == "killed", "nobody holds its lock"
+    with RunLock(folder):
+        assert in_use(folder)
+        assert read_status(folder).state == "running"
+        assert describe(folder).startswith("state        running")
+        refused(folder, "is being trained by process", FolderInUse)
+        job = check(TrainConfig(**vars(recorded_config(folder)) | {"resume": None}))
+        with World.open("cpu", 60) as world, pytest.raises(FolderInUse, match=r"is being trained by process \d+ on "):
+            train_in(world, replace(job, config=replace(job.config, resume=folder)))
+    assert not in_use(folder)
+
+
+def test_a_run_that_has_ended(tmp_path: Path) -> None:
+    result = train(small(tmp_path, checkpoint_every=800))
+    assert not CheckpointFolder(result.folder).found(), "a run that has ended needs none"
+    refused(result.folder, "is finished, all its 1600 frames are played; give more --frames")
+    refused(result.folder, "is finished and has no checkpoint of its end, to train on to 2000 frames", frames=2_000)
+
+
+def test_a_run_that_kept_its_end_is_trained_on(tmp_path: Path) -> None:
+    """With a lag too: the chunk after the end is played already. ε and β have their own lengths."""
+    settings: dict[str, Any] = {"actor_lag": 1, "checkpoint_at_end": True, "log_every": 400}
+    whole = train(small(tmp_path / "whole", **settings, frames=2_000))
+    short = train(small(tmp_path / "short", **settings))
+    longer = train(resume=short.folder, frames=2_000)
+    assert longer.episodes == whole.episodes
+    assert [row["frames"] for row in longer.rows] == [400, 800, 1_200, 1_600, 2_000]
+
+
+def test_checkpoints_of_another_run_or_network(folder: Path, tmp_path: Path) -> None:
+    other = stop_a_run(tmp_path / "other", seed=1)
+    shutil.rmtree(folder / "checkpoints")
+    shutil.copytree(other / "checkpoints", folder / "checkpoints")
+    refused(folder, "is of run", WrongCheckpoint)
+    network = tmp_path / "mine.py"
+    source = (Path(__file__).parent / "network.py").read_text()
+    network.write_text(source)
+    mine = stop_a_run(tmp_path / "mine", network=f"{network}:make_network")
+    network.write_text(source.replace("Conv2d(c, 4, 3", "Conv2d(c, 5, 3").replace("Linear(4 *", "Linear(5 *"))
+    refused(
+        mine, "is of another network: 1.weight is float32 [4, 4, 3, 3] there and float32 [5, 4, 3, 3]", WrongCheckpoint
+    )
+
+
+def test_no_checkpoint_that_is_whole(folder: Path) -> None:
+    for path in (folder / "checkpoints").glob("*/rank-0.bin"):
+        path.write_bytes(path.read_bytes()[:-1])
+    refused(folder, "none of the 1 checkpoints in", DamagedCheckpoint)
+
+
+def test_a_run_without_a_checkpoint_begins_anew(folder: Path, tmp_path: Path) -> None:
+    """It was killed before its first."""
+    shutil.rmtree(folder / "checkpoints")
+    whole = train(small(tmp_path / "whole"))
+    again = train(resume=folder)
+    assert again.folder == folder
+    assert again.episodes == whole.episodes
+    assert len(again.rows) == len(whole.rows)
+
+
+def test_replay_that_is_gone_is_said_and_filled_again(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    """It lay on a disk of its own, which is not there any more."""
+    scratch = tmp_path / "scratch"
+    folder = stop_a_run(tmp_path / "runs", replay_dir=scratch, prioritized=True, lookahead=1, actor_lag=1)
+    assert (scratch / f"rows-of-{folder.name}" / "shard-3").is_dir()
+    assert (scratch / "shard-3" / FRAMES).is_file()
+    shutil.rmtree(scratch / f"rows-of-{folder.name}" / "shard-3")
+    with pytest.warns(
+        UserWarning, match=r"the replay of shards \[3\] is gone: it was in .*shard-3 on .*began empty, and"
+    ):
+        result = train(resume=folder)
+    assert result.rows[-1]["frames"] == 1_600
+    status = read_status(folder)
+    assert (status.state, status.replay_lost) == ("finished", (3,))
+    assert "replay lost  shards [3]" in describe(folder)
+
+
+def test_a_new_folder_for_replay(tmp_path: Path) -> None:
+    """Its frames come from where they were, and are written anew where they are to be."""
+    settings: dict[str, Any] = {"prioritized": True}
+    whole = train(small(tmp_path / "whole", **settings))
+    folder = stop_a_run(tmp_path / "runs", replay_dir=tmp_path / "one", **settings)
+    result = train(resume=folder, replay_dir=tmp_path / "two", checkpoint_at_end=True)
+    assert result.episodes == whole.episodes
+    assert list((tmp_path / "two" / f"rows-of-{folder.name}").glob("shard-*/*.rows"))
