@@ -4,7 +4,7 @@ SIGKILL goes to a random rank at random moments, one in four while a checkpoint 
 end with the same bits on the same layout (MinAtar on two replicas, Atari on a pipeline whose gaps are filled), and
 within 1e-10 in float64 where each part runs on another layout (1 × 1, 2 × 2, 1 × 2).
 
-python -m experiments.kill_drill [--smoke]          about 25 minutes on 2 cores; run again, it goes on
+python -m experiments.kill_drill [--smoke]          about 20 minutes on 2 cores; run again, it goes on
 """
 
 from __future__ import annotations
