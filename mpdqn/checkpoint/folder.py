@@ -85,7 +85,8 @@ class CheckpointFolder:
             used = {rows.file for manifest in kept if number in manifest.rows for rows in manifest.rows[number].files}
             for path in self.shard_folder(number).glob("*"):
                 if path.name not in used:
-                    path.unlink(missing_ok=True)
+                    with contextlib.suppress(OSError):
+                        path.unlink(missing_ok=True)
 
     def remove_rows(self, shards: Iterable[int]) -> None:
         """Delete all frames of these ``shards``, and their folder with the last of them."""

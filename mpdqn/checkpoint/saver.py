@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from mpdqn.checkpoint.files import sync_folder
 from mpdqn.checkpoint.folder import CheckpointFolder
 from mpdqn.checkpoint.manifest import Manifest, RowsEntry, ShardRows
 from mpdqn.checkpoint.rows import NewRows, live_rows
@@ -155,7 +156,7 @@ class Saver:
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
         begin = time.perf_counter()
-        draft = self._folder.draft(manifest.round)
+        draft, whole = self._folder.draft(manifest.round), self._folder.folder(manifest.round)
         written: dict[int, tuple[RowsEntry, ...]] = {}
 
         def write_rows() -> dict[int, ShardRows]:
@@ -165,10 +166,13 @@ class Saver:
                 folder.mkdir(parents=True, exist_ok=True)
                 written[v] = live[v] + ((new.write(folder / f"{draft.stem}.rows"),) if len(new) else ())
                 where[v] = ShardRows(host=socket.gethostname(), folder=str(folder), files=written[v])
+                sync_folder(folder)
+            if where:
+                sync_folder(self._folder.rows)
             self._frames_written.set()
             return where
 
-        writer = RawWriter(draft, self._folder.folder(manifest.round), self._world.rank, manifest, write_rows)
+        writer = RawWriter(draft, whole, self._world.rank, manifest, write_rows)
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:
             save(state, storage_writer=writer, planner=planner, process_group=self._group)
@@ -185,10 +189,11 @@ class Saver:
                 writing_s=time.perf_counter() - begin,
                 new_row_bytes=new_bytes,
             )
-        except (CheckpointException, OSError, RuntimeError) as error:
-            for v, rows in written.items():
-                for one in rows[len(live[v]) :]:
-                    (self._folder.shard_folder(v) / one.file).unlink(missing_ok=True)
+        except (CheckpointException, Exception) as error:
+            if not whole.exists():  # else what failed came after, such as a rank that died, and its frames are needed
+                for v, rows in written.items():
+                    for one in rows[len(live[v]) :]:
+                        (self._folder.shard_folder(v) / one.file).unlink(missing_ok=True)
             if self._world.rank == 0:
                 shutil.rmtree(draft, ignore_errors=True)
             self._outcome = NotSaved(f"the checkpoint of round {manifest.round} was not written: {_first(error)}")
@@ -200,5 +205,5 @@ def _first(error: BaseException) -> str:
     """The first rank's own words."""
     if isinstance(error, CheckpointException):
         rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
-        return f"{cause} (rank {rank})"
+        return f"{_first(cause)} (rank {rank})"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
