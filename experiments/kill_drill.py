@@ -89,7 +89,7 @@ SMOKE = (
         name="MinAtar, dp2, prioritised",
         flags=(*MINATAR, "--frames", "2400", "--log-every", "8", "--checkpoint-every", "160", "--prioritized", "True"),
         layouts=("dp2",),
-        kills=3,
+        kills=2,
         interval_s=0.4,
     ),
 )
@@ -104,7 +104,7 @@ class Config:
     seed: int = 0
     """Seed of the moments and of the ranks."""
     smoke: bool = False
-    """Three kills of one short run."""
+    """Two kills of one short run."""
 
 
 class Drill:

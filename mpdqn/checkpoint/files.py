@@ -4,28 +4,52 @@ from __future__ import annotations
 
 import hashlib
 import os
+import threading
+import time
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from mpdqn.checkpoint.manifest import DamagedCheckpoint, FileEntry
 
-BLOCK = 1 << 22
-"""Bytes at a time: neither hashing nor writing holds Python's lock meanwhile."""
+BLOCK = 1 << 20
+"""Bytes at a time: neither hashing nor writing holds Python's lock meanwhile, and after each a writer may rest."""
+
+
+class Pace:
+    """How much of the time a writer computes: ``share`` of it, and all of it after `hurry`.
+
+    Where every core trains, each second of another thread costs the step about a second, as its threads wait for each
+    other; a low priority alone does not help, since a thread that slept is let in at once.
+    """
+
+    def __init__(self, share: float = 1.0) -> None:
+        self._share, self._hurry = share, threading.Event()
+
+    def hurry(self) -> None:
+        """Somebody waits."""
+        self._hurry.set()
+
+    def rest(self, worked_s: float) -> None:
+        """Rest from ``worked_s`` seconds of computing."""
+        if self._share < 1:
+            self._hurry.wait(worked_s * (1 / self._share - 1))
 
 
 class DigestedFile:
     """A new file under way; a context manager, which has it on the disk at the end."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, pace: Pace | None = None) -> None:
         self._path, self._hash, self.size = path, hashlib.sha256(), 0
+        self._pace = pace or Pace()
 
     def write(self, data: memoryview) -> None:
         """Append ``data``, of bytes."""
         for begin in range(0, len(data), BLOCK):
-            block = data[begin : begin + BLOCK]
+            block, start = data[begin : begin + BLOCK], time.thread_time()
             self._hash.update(block)
             self._file.write(block)
+            self._pace.rest(time.thread_time() - start)
         self.size += len(data)
 
     @property

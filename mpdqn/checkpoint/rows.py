@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mpdqn.checkpoint.files import DigestedFile, check_file
+from mpdqn.checkpoint.files import DigestedFile, Pace, check_file
 from mpdqn.checkpoint.manifest import DamagedCheckpoint, RowsEntry
 from mpdqn.replay import Shard
 
@@ -55,10 +55,10 @@ class NewRows:
             for first, stop, head in zip(self.first, self.stop, heads, strict=True)
         )
 
-    def write(self, path: Path) -> RowsEntry:
+    def write(self, path: Path, pace: Pace | None = None) -> RowsEntry:
         """Write them to the file ``path``; OSError leaves none."""
         try:
-            with DigestedFile(path) as file:
+            with DigestedFile(path, pace) as file:
                 for part in self._parts():
                     file.write(part.reshape(-1).data)
         except OSError:

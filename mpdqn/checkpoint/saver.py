@@ -3,8 +3,8 @@
     training   … round 1200 │ copy what changes │ round 1201 … 1300 …     rows of frames are read where they lie
     thread                  └── frames, tensors, manifest, rename ──┘
 
-A failure, such as a full disk, leaves the checkpoints that there were, and is told by `result`. The thread has a low
-priority: where all cores train, it takes about a tenth of one.
+A failure, such as a full disk, leaves the checkpoints that there were, and is told by `result`. Where the cores train,
+the thread rests most of the time, until somebody waits for it.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from mpdqn.checkpoint.files import sync_folder
+from mpdqn.checkpoint.files import Pace, sync_folder
 from mpdqn.checkpoint.folder import CheckpointFolder
 from mpdqn.checkpoint.manifest import Manifest, RowsEntry, ShardRows
 from mpdqn.checkpoint.rows import NewRows, live_rows
@@ -35,6 +35,9 @@ from mpdqn.replay import VirtualShards
 
 NICENESS = 10
 """Of the writing thread, nice(2): a tenth of the weight of the threads that train."""
+SHARE = 0.04
+"""Of a core's time that it computes beside training on the CPU. Steps are slower by about twice as much: the system's
+own writing, and what is in the caches, come on top."""
 
 
 class NotSaved(OSError):
@@ -83,6 +86,7 @@ class Saver:
         self._copies: dict[str, Tensor] = {}
         self._new: dict[int, NewRows] = {}
         self._frames_written = threading.Event()
+        self._pace = Pace()
         self._thread: threading.Thread | None = None
         self._outcome: Saved | NotSaved | None = None
 
@@ -108,6 +112,7 @@ class Saver:
         live = {v: live_rows(self._rows[v], new.shard) for v, new in self._new.items()}
         copying_s = time.perf_counter() - begin
         self._frames_written.clear()
+        self._pace = Pace(SHARE if self._world.device.type == "cpu" else 1.0)
         self._thread = threading.Thread(
             target=self._write, args=(copied, manifest, live, copying_s), name="checkpoint", daemon=True
         )
@@ -116,11 +121,13 @@ class Saver:
     def make_way(self, steps: int) -> None:
         """Wait until frames are written that ``steps`` more steps of every environment would overwrite."""
         if not self._frames_written.is_set() and any(new.overwritten_by(steps) for new in self._new.values()):
+            self._pace.hurry()
             self._frames_written.wait()
 
     def wait(self) -> None:
         """Wait until nothing is being written."""
         if self._thread is not None:
+            self._pace.hurry()
             self._thread.join()
             self._thread = None
 
@@ -164,7 +171,7 @@ class Saver:
             for v, new in self._new.items():
                 folder = self._folder.shard_folder(v)
                 folder.mkdir(parents=True, exist_ok=True)
-                written[v] = live[v] + ((new.write(folder / f"{draft.stem}.rows"),) if len(new) else ())
+                written[v] = live[v] + ((new.write(folder / f"{draft.stem}.rows", self._pace),) if len(new) else ())
                 where[v] = ShardRows(host=socket.gethostname(), folder=str(folder), files=written[v])
                 sync_folder(folder)
             if where:
@@ -172,7 +179,7 @@ class Saver:
             self._frames_written.set()
             return where
 
-        writer = RawWriter(draft, whole, self._world.rank, manifest, write_rows)
+        writer = RawWriter(draft, whole, self._world.rank, manifest, write_rows, self._pace)
         planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
         try:
             save(state, storage_writer=writer, planner=planner, process_group=self._group)

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
-from mpdqn.checkpoint.files import DigestedFile, sync_folder
+from mpdqn.checkpoint.files import DigestedFile, Pace, sync_folder
 from mpdqn.checkpoint.manifest import MANIFEST, DamagedCheckpoint, FileEntry, Manifest, ShardRows, TensorEntry
 
 ROWS = "rows of shard "
@@ -45,6 +45,7 @@ class RawWriter(StorageWriter):
         rank: of this process.
         manifest: what is known before anything is written; files, tensors and rows come in here.
         write_rows: writes this rank's new frames, and says what all frames of its shards are.
+        pace: how fast the tensors are written.
     """
 
     def __init__(
@@ -54,9 +55,10 @@ class RawWriter(StorageWriter):
         rank: int,
         manifest: Manifest,
         write_rows: Callable[[], Mapping[int, ShardRows]],
+        pace: Pace | None = None,
     ) -> None:
         self._draft, self._folder, self._rank = draft, folder, rank
-        self._manifest, self._write_rows = manifest, write_rows
+        self._manifest, self._write_rows, self._pace = manifest, write_rows, pace
         self.written: Manifest | None = None
 
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
@@ -79,7 +81,7 @@ class RawWriter(StorageWriter):
         results = [_result(f"{ROWS}{number}", rows) for number, rows in self._write_rows().items()]
         name = f"rank-{self._rank}.bin"
         if plan.items:
-            with DigestedFile(self._draft / name) as file:
+            with DigestedFile(self._draft / name, self._pace) as file:
                 for item in plan.items:
                     tensor = planner.resolve_data(item)
                     assert isinstance(tensor, Tensor), f"{item.index.fqn} is no tensor"

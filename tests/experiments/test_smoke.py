@@ -28,8 +28,10 @@ def run(experiment: str, *flags: str, timeout: float = 280) -> str:
 def test_every_experiment_is_run_here() -> None:
     files = {path.stem for path in (ROOT / "experiments").glob("*.py")} - {"__init__"}
     measured = {
+        "checkpoint_cost",
         "emulated_pipeline",
         "gpipe",
+        "kill_drill",
         "learner_speed",
         "pipeline_efficiency",
         "pipeline_peers",
@@ -48,6 +50,28 @@ def test_learner_speed_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert [record.settings["contender"] for record in records] == names
     assert run("learner_speed", "--out", str(tmp_path)) == table, "all is there: nothing is measured again"
     assert list(read_records(tmp_path / RECORDS)) == records
+
+
+def test_checkpoint_cost(tmp_path: Path) -> None:
+    table = run("checkpoint_cost", "--out", str(tmp_path))
+    assert (tmp_path / "table.md").read_text() in table
+    records = list(read_records(tmp_path / RECORDS))
+    assert len(records) == 8, "every turn of a round"
+    for words in ("steps while it is written, × quiet", "loading, s", "of it frames, MB", "bar "):
+        assert words in table
+    assert run("checkpoint_cost", "--out", str(tmp_path)) == table, "all is there: nothing is measured again"
+    assert not [path for path in tmp_path.iterdir() if path.is_dir()], "the checkpoints are deleted"
+
+
+@pytest.mark.timeout(900)
+def test_kill_drill(tmp_path: Path) -> None:
+    """The small kill drill: a run that is killed twice at random moments ends as the one that was left alone."""
+    table = run("kill_drill", "--out", str(tmp_path), timeout=800)
+    assert (tmp_path / "table.md").read_text() in table
+    records = list(read_records(tmp_path / RECORDS))
+    assert [record.settings["what"] for record in records] == ["kill", "kill", "end"]
+    assert records[-1].values["verdict"] == "identical"
+    assert run("kill_drill", "--out", str(tmp_path)) == table
 
 
 @pytest.mark.timeout(600)
