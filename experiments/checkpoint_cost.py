@@ -7,7 +7,7 @@ ResNet-101 with double DQN and a replay of 100,000 transitions, in one process w
 
 bar: steps are at most 10 % slower while a checkpoint is written, its copying included
 
-python -m experiments.checkpoint_cost [--smoke]          about 11 minutes on 2 cores; run again, it goes on
+python -m experiments.checkpoint_cost [--smoke]          about 12 minutes on 2 cores; run again, it goes on
 
 Needs 8 GiB of memory, and 5 GB of disk in --out while it runs.
 """
@@ -50,7 +50,7 @@ class Config:
 
     out: Path = Path("results/checkpoint_cost")
     """Folder of the records, and of the checkpoints while they are measured."""
-    rounds: int = 5
+    rounds: int = 4
     """How often all of it is measured."""
     steps: int = 4
     """Updates of a quiet turn."""

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line ``arguments`` (default: those of this process); returns the exit code.
 
     0 is success, 2 bad input or a failed worker with one line of why, 75 a training run that was asked to stop
-    (SIGTERM) and wrote a checkpoint to go on from, 130 an interruption.
+    (SIGTERM) and can be gone on with, 130 an interruption.
     """
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
@@ -80,7 +80,17 @@ def _train(flags: list[str]) -> int:
     first.add_argument("--resume", type=Path)
     folder = first.parse_known_args(flags)[0].resume
     default = None if folder is None else recorded_config(folder)
-    result = train(_parse(TrainConfig, "train", flags, default))
+    # Before a run notes it, there is nothing to save: the same command, or --resume, goes on from where it was.
+    before = signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_RESUMABLE))
+    try:
+        result = train(_parse(TrainConfig, "train", flags, default))
+    except KeyboardInterrupt as error:
+        if "SIGTERM" not in str(error):
+            raise
+        print(f"mpdqn train: {error}; the checkpoints are as they were", file=sys.stderr)
+        return EXIT_RESUMABLE
+    finally:
+        signal.signal(signal.SIGTERM, before)
     if launched_rank() == 0:
         print(result.summary())
     return 0 if result.stopped_at is None else EXIT_RESUMABLE

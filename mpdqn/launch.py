@@ -300,7 +300,10 @@ class _Forwarding:
                 raise SignalException("stopped by a second SIGTERM", signal.SIGTERM)
             return
         self.done, self._at = True, time.monotonic()
-        for pid in _workers_of(os.getpid(), _mark(self._run_id or "")):
+        workers = _workers_of(os.getpid(), _mark(self._run_id or ""))
+        if not workers:  # they are not there yet
+            raise SignalException("stopped before it began", signal.SIGTERM)
+        for pid in workers:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mpdqn.checkpoint.manifest import DamagedCheckpoint, Manifest, WrongCheckpoint, folder_name
@@ -78,11 +78,17 @@ class CheckpointFolder:
             shutil.rmtree(folder, ignore_errors=True)
         return self.manifests()
 
-    def remove_unused_rows(self, shards: Iterable[int], kept: Iterable[Manifest]) -> None:
-        """Delete the files of frames of these ``shards`` that no checkpoint in ``kept`` has any use for."""
-        kept = list(kept)
+    def remove_unused_rows(self, shards: Iterable[int], used_besides: Mapping[int, Iterable[str]]) -> None:
+        """Delete the files of frames of these ``shards`` that no checkpoint has any use for, nor ``used_besides`` says.
+
+        Nothing is deleted while a checkpoint cannot be read: it may be a whole one, on a disk that is slow to show it.
+        """
+        kept = self.manifests()
+        if len(kept) < len(self.found()):
+            return
         for number in shards:
             used = {rows.file for manifest in kept if number in manifest.rows for rows in manifest.rows[number].files}
+            used |= set(used_besides.get(number, ()))
             for path in self.shard_folder(number).glob("*"):
                 if path.name not in used:
                     with contextlib.suppress(OSError):

@@ -141,12 +141,13 @@ def usable_rows(choice: Choice, folder: CheckpointFolder) -> dict[int, tuple[Row
 def _place(folder: CheckpointFolder, number: int, rows: ShardRows) -> Path | None:
     """Where the frames of a shard are; None if nowhere that this rank can see, and not by damage."""
     recorded, here = Path(rows.folder), folder.shard_folder(number)
-    for place in (here, recorded, folder.root / "rows" / here.name):
-        if any((place / one.file).exists() for one in rows.files):
-            return place
-    # Inside the run's folder they belong to the checkpoint, and are missing; elsewhere it was another disk.
-    inside = recorded.parent.name == "rows" and recorded.parent.parent.name == folder.root.name
-    return here if inside or not rows.files else None
+    if recorded.parent.name == "rows" and recorded.parent.parent.name == folder.root.name:
+        return folder.root / "rows" / here.name  # in the run's folder, wherever that is now: they belong to it
+    for holds in (all, any):  # a folder that has them all goes before one that has some, of another time perhaps
+        for place in (here, recorded):
+            if holds((place / one.file).exists() for one in rows.files):
+                return place
+    return None
 
 
 def _from_all(world: World, value: tuple[str | None, list[str], dict[int, str]]) -> list[

@@ -162,6 +162,7 @@ class Saver:
         """The thread's work. Whatever happens is told by `result`; an error of one rank is an error of all."""
         with contextlib.suppress(OSError):
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
+        self._outcome = NotSaved(f"the checkpoint of round {manifest.round} was not written to its end")
         begin = time.perf_counter()
         draft, whole = self._folder.draft(manifest.round), self._folder.folder(manifest.round)
         written: dict[int, tuple[RowsEntry, ...]] = {}
@@ -172,7 +173,7 @@ class Saver:
                 folder = self._folder.shard_folder(v)
                 folder.mkdir(parents=True, exist_ok=True)
                 written[v] = live[v] + ((new.write(folder / f"{draft.stem}.rows", self._pace),) if len(new) else ())
-                where[v] = ShardRows(host=socket.gethostname(), folder=str(folder), files=written[v])
+                where[v] = ShardRows(host=socket.gethostname(), folder=str(folder.resolve()), files=written[v])
                 sync_folder(folder)
             if where:
                 sync_folder(self._folder.rows)
@@ -188,7 +189,7 @@ class Saver:
             if dist.get_world_size(self._group) > 1:
                 dist.barrier(self._group)
             self._rows |= written
-            self._folder.remove_unused_rows(self._rows, self._folder.manifests())
+            self._folder.remove_unused_rows(self._rows, {v: [r.file for r in rows] for v, rows in self._rows.items()})
             new_bytes = sum(self._rows[v][-1].entry.bytes for v, new in self._new.items() if len(new))
             self._outcome = Saved(
                 manifest=writer.written,
@@ -197,13 +198,16 @@ class Saver:
                 new_row_bytes=new_bytes,
             )
         except (CheckpointException, Exception) as error:
-            if not whole.exists():  # else what failed came after, such as a rank that died, and its frames are needed
-                for v, rows in written.items():
-                    for one in rows[len(live[v]) :]:
-                        (self._folder.shard_folder(v) / one.file).unlink(missing_ok=True)
-            if self._world.rank == 0:
-                shutil.rmtree(draft, ignore_errors=True)
             self._outcome = NotSaved(f"the checkpoint of round {manifest.round} was not written: {_first(error)}")
+            # All ranks know of it. After another error, such as a rank that died, one may still be making it whole:
+            # what is left over then is deleted when the run goes on.
+            if isinstance(error, CheckpointException) and not whole.exists():
+                with contextlib.suppress(OSError):
+                    for v, rows in written.items():
+                        for one in rows[len(live[v]) :]:
+                            (self._folder.shard_folder(v) / one.file).unlink(missing_ok=True)
+                if self._world.rank == 0:
+                    shutil.rmtree(draft, ignore_errors=True)
         finally:
             self._frames_written.set()
 

@@ -21,7 +21,7 @@ from mpdqn.logs import check_logs
 from mpdqn.mesh import check_device, launched, launched_local_world_size, launched_world_size
 from mpdqn.plan import RECOMPUTATION
 from mpdqn.records import Environment
-from mpdqn.replay.rows import full
+from mpdqn.replay.rows import FRAMES, full
 from mpdqn.replay.shard import ring_shape
 from mpdqn.schedule import SCHEDULES
 from mpdqn.train.config import TrainConfig, TrainJob
@@ -100,21 +100,7 @@ def check(config: TrainConfig) -> TrainJob:
     else:
         check_writable(config.out)
     if config.replay_dir is not None:
-        check_writable(config.replay_dir, "--replay-dir")
-        own = config.resume is not None and config.replay_dir == recorded_config(config.resume).replay_dir
-        held = (
-            []
-            if own
-            else [path for path in config.replay_dir.glob("shard-*") if not path.is_dir() or any(path.iterdir())]
-        )
-        if held:
-            raise ValueError(
-                f"--replay-dir {config.replay_dir} already holds {held[0].name}; delete it or choose another"
-            )
-        if (
-            not launched() or launched_local_world_size() == launched_world_size()
-        ):  # else hosts share it, or have their own
-            _check_space(job, config.replay_dir)
+        _check_replay_dir(job, config.replay_dir)
     _warn_of_space(job)
     return job
 
@@ -225,12 +211,20 @@ def _check_network(job: TrainJob) -> None:
         )
 
 
-def _check_space(job: TrainJob, folder: Path) -> None:
-    """Raise ValueError if the frames of all shards do not go into ``folder``."""
+def _check_replay_dir(job: TrainJob, folder: Path) -> None:
+    """Raise ValueError if ``folder`` cannot be written, holds another run's replay or has too little space for this."""
     spec, config = job.spec, job.config
+    check_writable(folder, "--replay-dir")
+    own = config.resume is not None and folder == recorded_config(config.resume).replay_dir
+    held = [path for path in folder.glob("shard-*") if not path.is_dir() or any(path.iterdir())]
+    if held and not own:
+        raise ValueError(f"--replay-dir {folder} already holds {held[0].name}; delete it or choose another")
+    if launched() and launched_local_world_size() < launched_world_size():  # hosts share it, or have their own
+        return
     each = -(-job.settings.capacity // config.num_shards)
     shape = ring_shape(spec.observation_shape, each, config.envs_per_shard, spec.stack, job.settings.n_step)
-    needed, free = config.num_shards * math.prod(shape), shutil.disk_usage(folder).free
+    freed = sum(path.stat().st_size for path in folder.glob(f"shard-*/{FRAMES}")) if own else 0
+    needed, free = config.num_shards * math.prod(shape), shutil.disk_usage(folder).free + freed
     if needed > free:
         raise ValueError(str(full(needed, free, folder)))
 

@@ -92,8 +92,9 @@ class Checkpoints:
             trainer.world, self._folder, keep=trainer.job.config.keep_checkpoints, shards=trainer.shards, rows=rows
         )
         if trainer.shards is not None:
-            kept = [] if choice is None else [m for m in self._folder.manifests() if m.round <= choice.manifest.round]
-            self._folder.remove_unused_rows(trainer.shards.owned, kept)
+            self._folder.remove_unused_rows(
+                trainer.shards.owned, {v: [r.file for r in files] for v, files in rows.items()}
+            )
         trainer.before_storing = self._saver.make_way
         self._network = shapes(trainer.job.make_network().state_dict())
         self._last = time.monotonic()

@@ -128,7 +128,9 @@ class TrainConfig:
     """A run of seconds that exercises everything and learns nothing."""
 
     def resolved(self) -> TrainConfig:
-        """This configuration; if ``smoke`` is set, small in all that is left at its default."""
+        """This configuration, its paths absolute; if ``smoke`` is set, small in all that is left at its default."""
+        if self.replay_dir is not None and not self.replay_dir.is_absolute():
+            return replace(self, replay_dir=self.replay_dir.absolute()).resolved()
         if not self.smoke:
             return self
         small: dict[str, Any] = {"frames": 3_000, "min_replay": 256, "capacity": 2_000, "evaluation_episodes": 2}

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import pickle
 import re
 import warnings
@@ -71,7 +72,10 @@ def write_config(folder: Path, job: TrainJob, plan: dict[str, Any], run: str) ->
 def _write_whole(path: Path, text: str) -> None:
     """Write a file that a killed run leaves as it was or as it is to be."""
     draft = path.with_suffix(".part")
-    draft.write_text(text)
+    with draft.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     draft.replace(path)
 
 

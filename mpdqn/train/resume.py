@@ -83,7 +83,10 @@ def check_resume(config: TrainConfig) -> None:
         raise ValueError(
             f"frames is {config.frames} but the run in {folder} has {recorded.frames}; give as many or more"
         )
-    status = read_status(folder)
+    try:
+        status = read_status(folder)
+    except ValueError:  # it was killed before it had one, or the power went
+        return
     if status.state == RUNNING and not launched():  # the ranks of a launched run see to it together
         raise FolderInUse(
             f"{folder} is being trained by process {status.pid} on {status.host}; wait for it or end it first"

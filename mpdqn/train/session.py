@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -17,7 +18,7 @@ from mpdqn.actors import Episode
 from mpdqn.checkpoint.loader import Choice
 from mpdqn.checkpoint.saver import NotSaved
 from mpdqn.evaluate import Evaluation, evaluate
-from mpdqn.logs import Logs, open_logs, read_progress
+from mpdqn.logs import PROGRESS, Logs, open_logs, read_progress
 from mpdqn.mesh import World
 from mpdqn.records import Record
 from mpdqn.train.acting import episode_rows, episodes_of
@@ -91,6 +92,8 @@ class Session:
                 stack.callback(trainer.close)
                 return self._run_with(trainer, choice, stack)
         except BaseException as error:
+            if self._world.size == 1 and self._checkpoints is not None:  # else its peers may be gone
+                self._checkpoints.wait()
             if self._first and (self._folder / CONFIG).exists():
                 self._tell(FAILED, f"{type(error).__name__}: {error}")
             raise
@@ -104,6 +107,7 @@ class Session:
         logs: Logs | None = None
         if self._first:
             write_config(self._folder, job, json.loads(trainer.arrangement.plans[0].to_json()), self._run)
+            self._tell(RUNNING)
             about = asdict(job.config) | {"layout": job.layout.name}
             logs = stack.enter_context(
                 open_logs(
@@ -113,7 +117,6 @@ class Session:
                     resume_at=frames if job.config.resume is not None else None,
                 )
             )
-            self._tell(RUNNING)
         total = job.frames_after(job.num_rounds)
         bar = stack.enter_context(
             tqdm(total=total, initial=frames, unit=" frames", unit_scale=True, disable=not self._first, file=sys.stderr)
@@ -143,10 +146,15 @@ class Session:
             if trainer.asked == STOP and not done:
                 checkpoints.wait()
                 return self._stopped(step)
+        if self._step is None and job.config.evaluation_episodes:  # killed between its last checkpoint and its end
+            self._evaluate()
         if trainer.learner is not None:
             self._finish(time.perf_counter() - begin)
         checkpoints.wait()
+        if job.config.checkpoint_at_end and checkpoints.problem:
+            raise NotSaved(f"the run came to its end, but {checkpoints.problem}")
         self._tell(FINISHED)
+        self._world.barrier()  # all that it came to is written
         if not job.config.checkpoint_at_end:
             checkpoints.remove()
         return self._result()
@@ -163,7 +171,8 @@ class Session:
         self._resumed = counters["resumed"] + 1
         if not self._first:
             return 0.0
-        self._rows = [row for row in read_progress(self._folder) if row["frames"] <= choice.manifest.frames]
+        rows = read_progress(self._folder) if (self._folder / PROGRESS).is_file() else []  # it may have had none yet
+        self._rows = [row for row in rows if row["frames"] <= choice.manifest.frames]
         self._episodes = list(episodes_of(besides["run.episodes"]))
         row = {"losses": besides["run.losses"], "norms": besides["run.norms"]}
         self._progress.load_state(row, counters, episodes_of(besides["run.pending"]))
@@ -223,7 +232,8 @@ class Session:
             checkpoint=checkpoint,
             problem=problem or (self._checkpoints.problem if self._checkpoints else ""),
         )
-        status.write(self._folder)
+        with contextlib.suppress(OSError):  # a full disk says so elsewhere
+            status.write(self._folder)
 
     def _row(self, progress: Progress) -> dict[str, float]:
         """A row of all replicas, on rank 0; the other ranks' is their own part."""

@@ -153,6 +153,33 @@ def test_a_run_without_a_checkpoint_begins_anew(folder: Path, tmp_path: Path) ->
     assert len(again.rows) == len(whole.rows)
 
 
+def test_a_run_that_was_stopped_before_its_first_row(tmp_path: Path) -> None:
+    whole = train(small(tmp_path / "whole", log_every=1_600))
+    folder = stop_a_run(tmp_path / "runs", log_every=1_600)
+    assert not (folder / "progress.csv").exists()
+    (folder / "status.json").unlink()  # nor need there be a status
+    result = train(resume=folder)
+    assert result.episodes == whole.episodes
+    assert [row["frames"] for row in result.rows] == [1_600]
+    assert result.rows[0]["loss"] == whole.rows[0]["loss"], "of all updates, those before the stop too"
+
+
+def test_frames_that_no_checkpoint_is_seen_to_use_stay_while_one_cannot_be_read(folder: Path) -> None:
+    checkpoints = CheckpointFolder(folder)
+    (manifest,) = checkpoints.manifests()
+    before = sorted(checkpoints.rows.rglob("*.rows"))
+    unread = checkpoints.folder(manifest.round) / "manifest.json"
+    text = unread.read_text()
+    unread.write_text("")
+    checkpoints.remove_unused_rows(range(4), {})
+    assert sorted(checkpoints.rows.rglob("*.rows")) == before
+    unread.write_text(text)
+    extra = checkpoints.shard_folder(1) / "000000000999.rows"
+    extra.touch()
+    checkpoints.remove_unused_rows(range(4), {})
+    assert sorted(checkpoints.rows.rglob("*.rows")) == before
+
+
 def test_replay_that_is_gone_is_said_and_filled_again(tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     """It lay on a disk of its own, which is not there any more."""
     scratch = tmp_path / "scratch"
