@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -101,6 +102,7 @@ def load_tensors(world: World, choice: Choice, targets: dict[str, Tensor]) -> No
 
     Raises:
         WrongCheckpoint: if a name is missing, or of another shape or dtype.
+        DamagedCheckpoint: if a file cannot be read any more.
     """
     entries = choice.manifest.tensors
     for name, target in targets.items():
@@ -114,7 +116,12 @@ def load_tensors(world: World, choice: Choice, targets: dict[str, Tensor]) -> No
             )
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     group = world.meeting(range(world.size), "checkpoints")
-    load(dict(targets), storage_reader=RawReader(choice.folder, choice.manifest), planner=planner, process_group=group)
+    reader = RawReader(choice.folder, choice.manifest)
+    try:
+        load(dict(targets), storage_reader=reader, planner=planner, process_group=group)
+    except CheckpointException as error:  # no Exception of Python's; a file went or shrank since it was checked
+        rank, (cause, _) = min(error.failures.items(), key=lambda item: item[0])
+        raise DamagedCheckpoint(f"{choice.folder} could not be read: {cause} (rank {rank})") from error
 
 
 def empty(choice: Choice, names: Sequence[str]) -> dict[str, Tensor]:

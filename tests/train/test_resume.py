@@ -127,7 +127,11 @@ def test_these_runs_differ_from_each_other(results: Results) -> None:
     assert len(ends) == len(results)
 
 
-LAYOUTS = ({"layout": "single@1"}, {"layout": "dp2xpp2-1f1b/m2"}, {"layout": "pp2-1f1b/m2", "actors": "inline"})
+PARTS: list[tuple[dict[str, Any], int]] = [
+    ({"layout": "single@1"}, 90),
+    ({"layout": "dp2xpp2-1f1b/m2"}, 50),
+    ({"layout": "pp2-1f1b/m2"}, 10**9),
+]
 
 
 def part(config: TrainConfig, rounds: int) -> TrainResult:
@@ -136,21 +140,24 @@ def part(config: TrainConfig, rounds: int) -> TrainResult:
 
 
 @pytest.mark.parametrize(
-    "settings",
+    ("settings", "num_parts"),
     [
-        pytest.param({}, id="dqn", marks=pytest.mark.matrix),
-        pytest.param({"agent": "rainbow", "actor_lag": 1, **AHEAD}, id="rainbow"),
+        pytest.param({"agent": "rainbow", "actor_lag": 1, **AHEAD}, 2, id="rainbow"),
+        pytest.param({"agent": "rainbow", "actor_lag": 1, **AHEAD}, 3, id="rainbow-3", marks=pytest.mark.matrix),
+        pytest.param({}, 3, id="dqn-3", marks=pytest.mark.matrix),
     ],
 )
-def test_a_run_goes_on_on_other_layouts(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_goes_on_on_other_layouts(settings: dict[str, Any], num_parts: int, tmp_path: Path) -> None:
     """1 × 1, then 2 × 2, then 1 × 2, in float64: the same episodes, and weights within 1e-10."""
     config = small(tmp_path / "whole", dtype="float64", layout="single@1", **settings)
-    whole = launch(part, config, 10**9, num_workers=1)[0]
+    whole = part(config, 10**9)
     config = replace(config, out=tmp_path / "parts")
     folder: Path | None = None
-    for layout, rounds in zip(LAYOUTS, (90, 50, 10**9), strict=True):
+    for k, (layout, rounds) in enumerate(PARTS[:num_parts], start=1):
         config = replace(config, resume=folder, **layout)
-        result = launch(part, config, rounds, num_workers=check(config).num_ranks)[0]
+        length = rounds if k < num_parts else 10**9
+        num_ranks = check(config).num_ranks
+        result = part(config, length) if num_ranks == 1 else launch(part, config, length, num_workers=num_ranks)[0]
         folder = result.folder
     assert result.episodes == whole.episodes
     one, other = (torch.load(r.folder / "weights.pt") for r in (whole, result))
