@@ -19,7 +19,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 def learner_state(learner: Learner) -> dict[str, Tensor]:
     """The online and target network and the optimizer of this rank's stages, not copied."""
-    return _networks(learner) | {
+    return dict(_networks(learner)) | {
         f"{OPTIMIZER}{moment}.{name}": values[moment]
         for name, parameter in learner.named_parameters()
         for moment in MOMENTS
@@ -59,11 +59,7 @@ def check_network(
             )
 
 
-def _networks(learner: Learner) -> dict[str, Tensor]:
-    return dict(_named(learner))
-
-
-def _named(learner: Learner) -> Iterator[tuple[str, Tensor]]:
+def _networks(learner: Learner) -> Iterator[tuple[str, Tensor]]:
     for stage in learner.stages:
         for prefix, network in ((ONLINE, stage.online), (TARGET, stage.target)):
             for name, tensor in network.state_dict().items():

@@ -81,7 +81,6 @@ class Checkpoints:
         folder: the run's.
         run: what the run is called in its checkpoints.
         choice: the checkpoint to go on from; None begins anew.
-        stop: notes SIGTERM.
     """
 
     def __init__(self, trainer: Trainer, folder: Path, run: str, choice: Choice | None) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from mpdqn.checkpoint.folder import CheckpointFolder
 from mpdqn.checkpoint.loader import choose, empty, load_frames, load_tensors
+from mpdqn.checkpoint.manifest import Manifest
 from mpdqn.checkpoint.saver import NotSaved, Saved, Saver
 from mpdqn.mesh import World
 from mpdqn.replay import VirtualShards
@@ -23,7 +24,7 @@ from tests.distributed import run_ranks
 FRAME = (1, 40, 40)
 
 
-def manifest(rounds: int):  # type: ignore[no-untyped-def]
+def manifest(rounds: int) -> Manifest:
     return replace(example(0), round=rounds, files={}, tensors={}, rows={})
 
 
