@@ -9,7 +9,6 @@ process needs to know nothing of the others to play its part exactly as a single
 
 from __future__ import annotations
 
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +18,10 @@ from typing import Any, Self
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from mpdqn.dqn.exploration import ExplorationDraws
 from mpdqn.environments import make_environment
+from mpdqn.progress_bar import ProgressBar
 from mpdqn.replay import VirtualShards
 
 with warnings.catch_warnings():
@@ -352,7 +351,7 @@ def collect(
             device=device,
             num_threads=num_threads,
         ) as actors,
-        tqdm(total=steps * num_envs, unit=" transitions", disable=not progress, file=sys.stderr, leave=False) as bar,
+        ProgressBar(total=steps * num_envs, unit=" transitions", disable=not progress, leave=False) as bar,
     ):
         for _ in range(steps):
             chunk = actors.play()

@@ -13,8 +13,9 @@ from typing import TypeVar
 
 import tyro
 
-from mpdqn.launch import GRACE_S, WorkerError
-from mpdqn.mesh import PeerLost, launched_rank
+from mpdqn.failures import GRACE_S, PeerLost
+from mpdqn.launch import WorkerError
+from mpdqn.mesh import launched_rank
 
 Config = TypeVar("Config")
 
@@ -46,8 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return COMMANDS[command](rest) or 0
     except (ValueError, OSError, WorkerError, ArithmeticError) as error:
-        notes = "".join(getattr(error, "__notes__", ()))
-        print(f"mpdqn {command}: {error}{notes}", file=sys.stderr)
+        _print_failure(command, error)
         return 2
     except PeerLost as error:  # under torchrun, where no parent of ours sorts causes from consequences
         print(f"mpdqn {command}: {error}", file=sys.stderr, flush=True)
@@ -56,6 +56,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"mpdqn {command}: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def _print_failure(command: str, error: BaseException) -> None:
+    """Print what there is to read of ``error``, such as the traceback of a rank, and last the one line that says why."""
+    notes = getattr(error, "__notes__", ())
+    if isinstance(error, WorkerError):  # a progress bar may stand unfinished on the line
+        print(file=sys.stderr)
+    for note in notes:
+        if "\n" in note:
+            print(note.strip("\n"), file=sys.stderr)
+    line = " ".join(str(error).split("\n")) + "".join(f" ({note})" for note in notes if "\n" not in note)
+    print(f"mpdqn {command}: {line}", file=sys.stderr, flush=True)
 
 
 # Each command loads its own part of the package only: `mpdqn curves` needs no environments.

@@ -14,20 +14,17 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
 import logging
 import os
 import pickle
 import signal
-import socket
 import sys
 import tempfile
 import threading
 import time
-import traceback
 import uuid
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -38,11 +35,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from mpdqn.mesh import launched_local_world_size, launched_rank, tells_of_lost_peer
-
-GRACE_S = 3.0
-"""Seconds for which a worker that lost its peer waits before it fails, so that the peer's own failure is seen first."""
-
+from mpdqn.failures import GRACE_S, POOL_FOLDER, Failure
+from mpdqn.mesh import launched_local_world_size, launched_rank
 
 SAME_SIGNAL_S = 5.0
 """A second signal within so many seconds is the same one: schedulers send it to all processes, parents hand it on."""
@@ -52,31 +46,7 @@ class WorkerError(RuntimeError):
     """A worker failed; the message gives its rank and its own error, a note its traceback."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Failure:
-    kind: str
-    message: str
-    trace: str
-    consequence: bool
-    at: float
-
-
-def check_port(port: int) -> None:
-    """Raise ValueError if TCP port ``port`` of the loopback interface is in use (0 stands for any free one)."""
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except (OSError, OverflowError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "ports are 0 to 65535"
-            raise ValueError(
-                f"port {port} on 127.0.0.1 cannot be used ({reason}); choose another, or --port 0 for a free one"
-            ) from error
-
-
-def launch(
-    function: Callable[..., Any], *args: Any, num_workers: int, port: int = 0, forward_sigterm: bool = False
-) -> list[Any]:
+def launch(function: Callable[..., Any], *args: Any, num_workers: int, forward_sigterm: bool = False) -> list[Any]:
     """Run ``function(*args)`` in ``num_workers`` processes on this host and return their results by rank.
 
     The function and its arguments are pickled by value where they come from ``__main__``, so that scripts and notebooks
@@ -86,16 +56,13 @@ def launch(
         function: what every worker runs; its result must be picklable.
         args: the same for every worker.
         num_workers: how many processes, at least 1.
-        port: the rendezvous' TCP port on the loopback interface; 0 for a free one.
         forward_sigterm: SIGTERM is for the function to see in each worker, and ends nothing by itself; a later one
             does.
 
     Raises:
-        ValueError: for a port that cannot be used, before any worker starts.
         WorkerError: the first worker's failure that is not a consequence of another's; all workers have ended by then.
         KeyboardInterrupt: after Ctrl-C or SIGTERM; all workers have ended by then.
     """
-    check_port(port)
     run_id = uuid.uuid4().hex
     with tempfile.TemporaryDirectory(prefix="mpdqn-") as folder:
         job = Path(folder)
@@ -106,12 +73,14 @@ def launch(
             nproc_per_node=num_workers,
             run_id=run_id,
             rdzv_backend="c10d",
-            rdzv_endpoint=f"127.0.0.1:{port}",
+            rdzv_endpoint=str(job / "rendezvous"),
+            rdzv_configs={"store_type": "file"},
             local_addr="127.0.0.1",
             max_restarts=0,
             monitor_interval=0.1,
             logs_specs=DefaultLogsSpecs(log_dir=str(job / "agent")),  # or it would leave a folder behind
             signals_to_handle="SIGINT,SIGHUP,SIGQUIT" + ",SIGTERM" * (not forward_sigterm),
+            **_shutdown_limit(),
         )
         try:
             with (
@@ -121,8 +90,8 @@ def launch(
             ):
                 elastic_launch(config, sys.executable)("-m", "mpdqn.launch", str(job), str(os.getpid()))
         except RendezvousError as error:
-            raise ValueError(
-                f"the workers' rendezvous on port {port} failed: {error}; choose another --port"
+            raise OSError(
+                f"the workers' rendezvous in {folder} failed: {error}; set TMPDIR to another folder"
             ) from error
         except ChildFailedError as error:
             cause = _first_cause(job, error.failures, num_workers)
@@ -140,6 +109,7 @@ def run_worker(job: Path, parent: int) -> int:
     """The body of one worker of process ``parent``: run the job, leave its result or failure, return the exit code."""
     _end_with(parent)
     rank = launched_rank()
+    POOL_FOLDER.set(job)
     try:
         function, args = cloudpickle.loads((job / "job.pkl").read_bytes())
         result = function(*args)
@@ -147,19 +117,9 @@ def run_worker(job: Path, parent: int) -> int:
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
     except BaseException as error:
-        at, consequence = time.time(), tells_of_lost_peer(error)
-        failure = _Failure(
-            kind=type(error).__name__,
-            message=str(error) + "".join(f" ({note})" for note in getattr(error, "__notes__", ())),
-            trace="".join(traceback.format_exception(error)),
-            consequence=consequence,
-            at=at,
-        )
-        # Whole or not at all: the agent may end this process while it writes.
-        draft = job / f"failure-{rank}.part"
-        draft.write_text(json.dumps(asdict(failure)))
-        draft.rename(job / f"failure-{rank}.json")
-        if consequence:
+        failure = Failure.of(error)
+        failure.write(job, rank)
+        if failure.consequence:
             time.sleep(GRACE_S)
         return 1
     return 0
@@ -167,8 +127,9 @@ def run_worker(job: Path, parent: int) -> int:
 
 def _first_cause(job: Path, failures: Mapping[int, ProcessFailure], num_workers: int) -> WorkerError:
     """The error to show: a worker's own fault before a killed worker before a consequence, the earliest of each."""
-    paths = {rank: job / f"failure-{rank}.json" for rank in range(num_workers)}
-    told = {rank: _Failure(**json.loads(path.read_text())) for rank, path in paths.items() if path.exists()}
+    read = {rank: Failure.read(job, rank) for rank in range(num_workers)}
+    told = {rank: failure for rank, failure in read.items() if failure is not None}
+    killed = {rank for failure in told.values() for rank in failure.ended}
     ending = min((failure.at for failure in told.values()), default=float("inf")) + 2 * GRACE_S
     found: list[tuple[int, float, int, str, str]] = []
     for rank in range(num_workers):
@@ -178,9 +139,9 @@ def _first_cause(job: Path, failures: Mapping[int, ProcessFailure], num_workers:
             found.append((2 if failure.consequence else 0, failure.at, rank, text, failure.trace))
         elif rank in failures:
             code, at = failures[rank].exitcode, float(failures[rank].timestamp)
-            # The agent ends the others once one has failed, with SIGTERM and half a minute later with SIGKILL; that is
-            # never the cause.
-            ended = code == -signal.SIGTERM or at > ending
+            # The agent ends the others once one has failed, with SIGTERM and later with SIGKILL; their peers end those
+            # that are silent. Neither is the cause.
+            ended = code == -signal.SIGTERM or at > ending or rank in killed
             text = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
             found.append((3 if ended else 1, at, rank, text, ""))
     _, _, rank, text, trace = min(found)
@@ -188,6 +149,15 @@ def _first_cause(job: Path, failures: Mapping[int, ProcessFailure], num_workers:
     if trace:
         error.add_note(f"\nOn rank {rank}:\n{trace}")
     return error
+
+
+def _shutdown_limit() -> dict[str, Any]:
+    """Return the setting, where torch has it, of how long workers may take to end once one of them has failed.
+
+    torch's own half a minute is for workers that save their work; ours save none after a failure.
+    """
+    name = "shutdown_timeout"
+    return {name: round(GRACE_S)} if name in {field.name for field in fields(LaunchConfig)} else {}
 
 
 def _end_with(parent: int) -> None:
@@ -256,6 +226,8 @@ def _worker_environment() -> dict[str, str]:
     path = os.environ.get("PYTHONPATH", "")
     return {
         "GLOO_SOCKET_IFNAME": "lo",
+        # Otherwise the agent opens a TCP store for the workers, which listens on all interfaces.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "TORCH_DISTRIBUTED_DEBUG": "OFF",
         "OMP_NUM_THREADS": str(len(os.sched_getaffinity(0))),
         # The workers must find the same mpdqn and the user's own modules, wherever they were started from.

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 from mpdqn.dqn.agents import Agent
 from mpdqn.dqn.batch import Batch
 from mpdqn.exchange.reduction import Reduction
-from mpdqn.mesh import Mesh, Message
+from mpdqn.mesh import Mesh
+from mpdqn.message import Message
 from mpdqn.networks import check_exactness, noisy_layers, set_noise
 from mpdqn.pipeline.acceleration import Acceleration
 from mpdqn.pipeline.labels import LabelExchange
@@ -250,6 +251,7 @@ class Learner:
         begin = self.stopwatch.now()
         returned, return_messages = td_errors[0] if self.has_loss else self._labels.return_td_errors([])
         loss, grad_norm = reduction.finish()
+        self.mesh.world.activity.set(f"finishing update {self.update + 1}")
         self.stopwatch.mark("exchange", begin)
         begin = self.stopwatch.now()
         self._clip(grad_norm)

@@ -14,9 +14,12 @@ share a group. This is the only file that reads RANK, WORLD_SIZE and LOCAL_RANK.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import itertools
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -26,34 +29,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mpdqn.failures import POOL_FOLDER, PeerLost, first_line, tells_of_lost_peer
+from mpdqn.heartbeat import NO_LIMIT, Activity, Heartbeat
+from mpdqn.message import Message
 from mpdqn.plan import Plan
+from mpdqn.rendezvous import join
 
 T = TypeVar("T")
 
-LOBBY = timedelta(days=1)
-"""How long a rank waits for the others between layouts, where a healthy run may keep it waiting for long."""
-
 LABELS = "labels"
 TD_ERRORS = "td_errors"
-
-
-class PeerLost(RuntimeError):
-    """A message did not come: the peer died, or was silent for longer than the timeout."""
-
-
-def tells_of_lost_peer(error: BaseException) -> bool:
-    """Whether ``error`` says that another process is gone or silent, rather than that this one is at fault."""
-    lost = (
-        "Connection closed by peer",
-        "Connection reset by peer",
-        "Broken pipe",
-        "Timed out waiting",
-        "Operation timed out",
-        "timeout caused pair closure",  # the message before this one timed out
-        "connectFullMesh failed",
-        "wait timeout after",
-    )
-    return isinstance(error, PeerLost) or (isinstance(error, RuntimeError) and any(text in str(error) for text in lost))
 
 
 def launched() -> bool:
@@ -102,131 +87,154 @@ class World:
 
     Process groups are made by all ranks together, in the same order; `group` and `message_group` therefore must be
     called alike on every rank. Each is made once and kept. ``lobby`` is the gloo group of all ranks in which they meet
-    between layouts. A rank without a part waits there for as long as the others work, so its limit is `LOBBY`; a rank
-    that dies meanwhile is the launcher's business, which ends all of them.
+    between layouts. Messages have no time limit; a rank that falls silent meanwhile ends all (`mpdqn.heartbeat`).
+
+    Attributes:
+        activity: what this rank's main thread is doing, for its peers to name.
+        heartbeat: its beats to the others; None in a world of one.
     """
 
     rank: int
     size: int
     device: torch.device
-    timeout: timedelta
     lobby: dist.ProcessGroup
-    _groups: dict[tuple[tuple[int, ...], str | None], dist.ProcessGroup] = field(default_factory=dict)
-    _message_groups: dict[str, dist.ProcessGroup] = field(default_factory=dict)
+    activity: Activity
+    heartbeat: Heartbeat | None = None
+    _groups: dict[tuple[tuple[int, ...], str | None, str], dist.ProcessGroup] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, device: str = "cpu", timeout_s: float = 60.0) -> Self:
+    def open(cls, device: str = "cpu", timeout_s: float = 45.0) -> Self:
         """Join the processes that the launcher started; alone, be a world of one.
 
         The backend is NCCL where every process of this host has a GPU of its own, otherwise gloo.
 
         Args:
             device: ``cpu`` or ``cuda``.
-            timeout_s: how long a rank waits for a message before it gives up, in seconds.
+            timeout_s: seconds of silence after which a rank is lost and all others end.
+
+        Raises:
+            ValueError: for a device that is not there.
+            PeerLost: if the rendezvous does not answer or a rank does not come.
         """
         check_device(device)
         rank, size = launched_rank(), launched_world_size()
-        timeout = timedelta(seconds=timeout_s)
         own, backend = torch.device("cpu"), "gloo"
         if device == "cuda":
             own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
             torch.cuda.set_device(own)
             backend = "nccl" if torch.cuda.device_count() >= launched_local_world_size() else "gloo"
-        if launched():
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            alone = dist.HashStore()  # type: ignore[attr-defined]  # public, but not in torch's __all__
-            dist.init_process_group(backend, store=alone, rank=0, world_size=1, timeout=timeout)
-        lobby = _new_group(range(size), LOBBY, "gloo")
-        return cls(rank=rank, size=size, device=own, timeout=timeout, lobby=lobby)
+        join(backend, rank, size, timeout_s, POOL_FOLDER.get())
+        activity, heartbeat = Activity(), None
+        if size > 1:
+            # Made within the timeout, like torch's default group: nothing watches over these ranks yet.
+            control = _new_group(range(size), "gloo", timedelta(seconds=timeout_s))
+            heartbeat = Heartbeat(rank, control, timeout_s, activity)
+        lobby = _new_group(range(size), "gloo")
+        world = cls(rank=rank, size=size, device=own, lobby=lobby, activity=activity, heartbeat=heartbeat)
+        activity.set("preparing")
+        if heartbeat is not None:  # a script that ends without closing its world leaves in good order too
+            atexit.register(world._say_goodbye)
+        return world
 
-    def group(self, ranks: Sequence[int], backend: str | None = None) -> dist.ProcessGroup:
-        """The process group of ``ranks``; of the world's backend, or of gloo for tensors on the CPU. Collective."""
-        key = (tuple(ranks), backend)
+    def _say_goodbye(self) -> None:
+        if self.heartbeat is not None:
+            self.heartbeat.close(getattr(sys, "last_value", None))
+
+    def name(self, rank: int) -> str:
+        """Return ``rank`` with its host and its part in the layout, as messages name it."""
+        return f"rank {rank}" if self.heartbeat is None else self.heartbeat.name(rank)
+
+    def group(self, ranks: Sequence[int], backend: str | None = None, purpose: str = "") -> dist.ProcessGroup:
+        """Return the process group of ``ranks``, made once for each ``purpose``. Collective.
+
+        Args:
+            ranks: its members.
+            backend: the world's if None, or ``gloo`` for tensors on the CPU.
+            purpose: threads that meet for different purposes have a group each.
+        """
+        key = (tuple(ranks), backend, purpose)
         if key not in self._groups:
-            self._groups[key] = _new_group(key[0], self.timeout, backend)
+            self._groups[key] = _new_group(key[0], backend)
         return self._groups[key]
 
-    def message_group(self, kind: str, backend: str | None = None, *, patient: bool = False) -> dist.ProcessGroup:
-        """The process group, over the whole world, of point-to-point messages of ``kind``. Collective.
+    def message_group(self, kind: str, backend: str | None = None) -> dist.ProcessGroup:
+        """Return the process group, over the whole world, of point-to-point messages of ``kind``. Collective."""
+        return self.group(range(self.size), backend, f"messages of kind {kind}")
 
-        ``patient`` as in `send`.
-        """
-        if kind not in self._message_groups:
-            limit = LOBBY if patient else self.timeout
-            self._message_groups[kind] = _new_group(range(self.size), limit, backend)
-        return self._message_groups[kind]
-
-    def meeting(self, ranks: Sequence[int], purpose: str = "") -> dist.ProcessGroup:
-        """A gloo group of ``ranks`` that may wait there for each other's work for long, as in the lobby. Collective.
-
-        Threads that meet for different purposes have a group each.
-        """
-        key = (tuple(ranks), f"meeting {purpose}")
-        if key not in self._groups:
-            self._groups[key] = _new_group(key[0], LOBBY, "gloo")
-        return self._groups[key]
-
-    def send(
-        self, tensor: Tensor, to: int, group: dist.ProcessGroup, complaint: str, *, patient: bool = False
-    ) -> Message:
+    def send(self, tensor: Tensor, to: int, group: dist.ProcessGroup, what: str) -> Message:
         """Start sending ``tensor`` (dense) to rank ``to`` in a message group; keep the message until it was waited for.
 
-        ``complaint`` is how a `PeerLost` begins. A ``patient`` message waits for as long as a healthy peer may work
-        (`LOBBY`); one that died still ends it at once.
+        ``what`` it is, such as "weights", for errors.
         """
         # A rank of the world has the same number in a message group. dist.isend looks that up for every message.
-        return self.start(lambda: group.send([tensor], to, 0), tensor, group, complaint, patient=patient)
+        return self.start(lambda: group.send([tensor], to, 0), tensor, group, f"sending {what} to rank {to}")
 
-    def receive(
-        self, buffer: Tensor, source: int, group: dist.ProcessGroup, complaint: str, *, patient: bool = False
-    ) -> Message:
+    def receive(self, buffer: Tensor, source: int, group: dist.ProcessGroup, what: str) -> Message:
         """Start receiving into ``buffer`` (dense) from rank ``source`` in a message group."""
-        return self.start(lambda: group.recv([buffer], source, 0), buffer, group, complaint, patient=patient)
+        action = f"waiting for {what} from rank {source}"
+        return self.start(lambda: group.recv([buffer], source, 0), buffer, group, action)
 
     def start(
-        self,
-        post: Callable[[], dist.Work | None],
-        tensor: Tensor,
-        group: dist.ProcessGroup,
-        complaint: str,
-        *,
-        patient: bool = False,
+        self, post: Callable[[], dist.Work | None], tensor: Tensor, group: dist.ProcessGroup, action: str
     ) -> Message:
-        """The message that ``post`` starts.
+        """Return the message that ``post`` starts; ``action`` says what this rank does in it.
 
         Raises:
             PeerLost: if the peer is known to be gone.
         """
         try:
-            return Message(post(), tensor, group, complaint, LOBBY if patient else self.timeout)
+            return Message(post(), tensor, group, lambda: self.waiting(action))
         except RuntimeError as error:
             if not tells_of_lost_peer(error):
                 raise
-            # gloo refuses a message at once when it already knows that the peer is gone.
-            raise PeerLost(f"{complaint}: {_first_line(error)}") from error
+            raise self._lost(error, action) from error  # gloo refuses a message when it knows that the peer is gone
 
-    def barrier(self) -> None:
-        """Wait for every rank; PeerLost names the first one that does not come."""
-        try:
-            dist.monitored_barrier(self.lobby, timeout=LOBBY)
-        except RuntimeError as error:
-            raise PeerLost(f"rank {self.rank} waited in vain between layouts: {_first_line(error)}") from error
+    def _lost(self, error: RuntimeError, action: str) -> PeerLost:
+        return PeerLost(f"{self.name(self.rank)} lost a peer while {action}: {first_line(error)}")
+
+    def barrier(self, action: str = "waiting for all ranks") -> None:
+        """Wait for every rank.
+
+        Raises:
+            PeerLost: if one is gone.
+        """
+        with self.waiting(action):
+            dist.barrier(self.lobby)
 
     def from_first(self, value: T) -> T:
         """The value that rank 0 has, on every rank. Collective; small plain values only."""
         values = [value]
-        dist.broadcast_object_list(values, src=0, group=self.lobby)
+        with self.waiting("waiting for rank 0 to share a value"):
+            dist.broadcast_object_list(values, src=0, group=self.lobby)
         return values[0]
 
     def to_first(self, value: T) -> list[T]:
         """What every rank has, on rank 0, by rank; an empty list elsewhere. Collective; small plain values only."""
         values: list[T | None] | None = [None] * self.size if self.rank == 0 else None
-        dist.gather_object(value, values, dst=0, group=self.lobby)
+        with self.waiting("waiting for rank 0 to gather a value"):
+            dist.gather_object(value, values, dst=0, group=self.lobby)
         return cast(list[T], values or [])
+
+    @contextlib.contextmanager
+    def waiting(self, action: str) -> Iterator[None]:
+        """Note that the main thread is ``action`` inside, a collective of torch.
+
+        Raises:
+            PeerLost: if a peer is gone.
+        """
+        with self.activity.waiting(action):
+            try:
+                yield
+            except RuntimeError as error:
+                if not tells_of_lost_peer(error):
+                    raise
+                raise self._lost(error, action) from error
 
     def close(self) -> None:
         """Leave every process group."""
+        atexit.unregister(self._say_goodbye)
+        if self.heartbeat is not None:
+            self.heartbeat.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -236,9 +244,11 @@ class World:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        # After an error the peers may be gone, and leaving in good order would wait for them.
+        # After an error the peers may be gone, and leaving in good order would wait for them: they are told.
         if error is None or self.size == 1:
             self.close()
+        elif self.heartbeat is not None:
+            self.heartbeat.close(error)
 
 
 class Mesh:
@@ -270,7 +280,7 @@ class Mesh:
         self.stages = plan.stages_of(self.rank)
         self.member = bool(self.stages)
         self.replica = plan.replica_of(self.rank) if self.member else -1
-        self._me = f"rank {self.rank} (stages {self.stages})"
+        world.activity.role = f"stages {self.stages}" if self.member else "no stage"
         self.bytes_sent = 0
         self.num_stages = plan.partition.num_stages
         columns = [world.group(sorted(set(ranks))) for ranks in plan.placement]
@@ -328,20 +338,20 @@ class Mesh:
         """Start sending ``tensor`` (dense) to rank ``to``; keep the message until it was waited for."""
         self.bytes_sent += tensor.nbytes
         group = self._group_of(kind, self.rank, to)
-        return self.world.send(tensor, to, group, f"{self._me} could not send {kind} to rank {to}")
+        return self.world.send(tensor, to, group, kind)
 
     def receive(self, buffer: Tensor, source: int, kind: str) -> Message:
         """Start receiving into ``buffer`` (dense) from rank ``source``."""
         group = self._group_of(kind, source, self.rank)
-        return self.world.receive(buffer, source, group, f"{self._me} got no {kind} from rank {source}")
+        return self.world.receive(buffer, source, group, kind)
 
     def sum_over(self, group: dist.ProcessGroup, tensor: Tensor, what: str) -> Message:
         """Start the all-reduce (sum) of ``tensor`` over ``group``, in place."""
         size = dist.get_world_size(group)
         # A ring all-reduce sends 2·(n − 1)/n of the tensor from every rank.
         self.bytes_sent += 2 * (size - 1) * tensor.numel() * tensor.element_size() // size
-        what = f"rank {self.rank} lost a rank of {dist.get_process_group_ranks(group)} in {what}"
-        return self.world.start(lambda: dist.all_reduce(tensor, group=group, async_op=True), tensor, group, what)
+        action = f"waiting for ranks {dist.get_process_group_ranks(group)} in {what}"
+        return self.world.start(lambda: dist.all_reduce(tensor, group=group, async_op=True), tensor, group, action)
 
     def reset_bytes(self) -> int:
         """The bytes sent since the last call."""
@@ -349,43 +359,6 @@ class Mesh:
         return count
 
 
-class Message:
-    """A message under way. Holds its tensor, because a buffer that is freed before it was sent is another's memory."""
-
-    def __init__(
-        self, work: dist.Work | None, tensor: Tensor, group: dist.ProcessGroup, complaint: str, timeout: timedelta
-    ) -> None:
-        self._work, self.tensor, self._group = work, tensor, group
-        self._complaint, self._timeout = complaint, timeout
-
-    def done(self) -> bool:
-        """Whether `wait` would return at once. On a GPU it always would, but would hold the stream up: False."""
-        return self._work is None or (not self.tensor.is_cuda and self._work.is_completed())
-
-    def wait(self) -> None:
-        """Wait for the end of the message (on a GPU: make the current stream wait).
-
-        Raises:
-            PeerLost: naming both ranks, if the peer is gone or silent for longer than the timeout.
-        """
-        if self._work is None:
-            return
-        try:
-            if self.tensor.is_cuda and dist.get_backend(self._group) == "nccl":
-                self._work.wait()  # with a limit it would hold the host; NCCL's own watchdog keeps the group's limit
-            else:
-                self._work.wait(self._timeout)
-        except RuntimeError as error:
-            if not tells_of_lost_peer(error):
-                raise
-            limit = f"{self._timeout.total_seconds():g} s (--timeout)"
-            raise PeerLost(f"{self._complaint} within {limit}: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _new_group(ranks: Sequence[int], timeout: timedelta, backend: str | None = None) -> dist.ProcessGroup:
+def _new_group(ranks: Sequence[int], backend: str | None = None, timeout: timedelta = NO_LIMIT) -> dist.ProcessGroup:
     # For ranks outside the group torch returns a number instead of a group; they never use it.
     return cast(dist.ProcessGroup, dist.new_group(list(ranks), timeout=timeout, backend=backend))

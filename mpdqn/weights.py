@@ -15,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from mpdqn.learner import Learner
-from mpdqn.mesh import Message, World
+from mpdqn.mesh import World
+from mpdqn.message import Message
 from mpdqn.partition import split
 from mpdqn.plan import Plan
 
@@ -34,7 +35,7 @@ class WeightDelivery:
 
     def __init__(self, world: World, plan: Plan, network: nn.Sequential, acting: Sequence[int]) -> None:
         self._world, self._plan, self._acting = world, plan, tuple(acting)
-        self._group = world.message_group(WEIGHTS, "gloo", patient=True) if world.size > 1 else None
+        self._group = world.message_group(WEIGHTS, "gloo") if world.size > 1 else None
         self._states = [_flat_order(module.state_dict()) for module in split(network, plan.partition)]
         self._leaving: list[Message] = []
 
@@ -73,14 +74,9 @@ class WeightDelivery:
         self._leaving = []
 
     def _start(self, tensor: Tensor, peer: int, *, sending: bool) -> Message:
-        """A message that waits: the acting rank may be in the middle of a chunk, the stage in that of its updates."""
         assert self._group is not None
-        rank = self._world.rank
-        if sending:
-            complaint = f"rank {rank} could not send weights to rank {peer}"
-            return self._world.send(tensor, peer, self._group, complaint, patient=True)
-        complaint = f"rank {rank} got no weights from rank {peer}"
-        return self._world.receive(tensor, peer, self._group, complaint, patient=True)
+        start = self._world.send if sending else self._world.receive
+        return start(tensor, peer, self._group, WEIGHTS)
 
 
 def _flat_order(state: Mapping[str, Tensor]) -> dict[torch.dtype, dict[str, torch.Size]]:

@@ -1,20 +1,23 @@
 """`World` and `Mesh`, on real gloo ranks: three that work together, and two of which one falls silent and goes."""
 
+import json
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from mpdqn.mesh import LABELS, TD_ERRORS, Mesh, Message, PeerLost, World, check_device, check_world_size
+from mpdqn.failures import PeerLost
+from mpdqn.mesh import LABELS, TD_ERRORS, Mesh, World, check_device, check_world_size
+from mpdqn.message import Message
 from mpdqn.plan import Parallelism, Partition, Plan
 from tests.distributed import run_ranks
+from tests.worlds import ranks
 
 ROOT = Path(__file__).parents[1]
 
@@ -121,30 +124,22 @@ def test_a_plan_for_more_ranks_than_the_world_has_is_refused(three: list[dict[st
     assert [seen["too large"] for seen in three] == [complaint] * 3
 
 
-def lost_peer(folder: Path) -> dict[str, tuple[str, float]]:
-    """Rank 1 is silent for longer than 3 s, then goes; rank 0 tells how each kind of message complained."""
+def lost_peer(folder: Path) -> dict[str, str]:
+    """Rank 1 goes; rank 0 keeps how each kind of message complained."""
     world = World.open(timeout_s=60)
     pipe, replicas = Mesh(world, plan_of(1, 2), "TD"), Mesh(world, plan_of(2, 1), "")
-    world.timeout = timedelta(seconds=3)  # only now: under load, the ranks may start further apart than that
     world.barrier()
-    done = folder / "done"
     if world.rank == 1:
-        while not done.exists():
-            time.sleep(0.05)
-        return {}
+        time.sleep(0.5)
+        os._exit(0)
     seen = {}
 
     def attempt(name: str, post: Callable[[], Message]) -> None:
-        start = time.monotonic()
         with pytest.raises(PeerLost) as error:
             post().wait()
-        seen[name] = (str(error.value), time.monotonic() - start)
+        seen[name] = str(error.value)
 
     buffer, group = torch.zeros(5), replicas.replica_groups[0]
-    attempt("silent receive", lambda: pipe.receive(buffer, 1, "F"))
-    attempt("silent sum", lambda: replicas.sum_over(group, buffer, "the gradient sum of stage 0"))
-    attempt("after silence", lambda: pipe.receive(buffer, 1, "F"))
-    done.touch()
     attempt("dying receive", lambda: pipe.receive(buffer, 1, "B"))
     time.sleep(1)  # all of its sockets are closed by now
     attempt("dead receive", lambda: pipe.receive(buffer, 1, "D"))
@@ -152,42 +147,34 @@ def lost_peer(folder: Path) -> dict[str, tuple[str, float]]:
     attempt("dead sum", lambda: replicas.sum_over(group, buffer, "the gradient sum of stage 0"))
     with pytest.raises(PeerLost) as error:
         world.barrier()
-    seen["barrier"] = (str(error.value), 0.0)
+    seen["barrier"] = str(error.value)
+    (folder / "seen").write_text(json.dumps(seen))
     return seen
 
 
 @pytest.fixture(scope="module")
-def lost(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, float]]:
-    return run_ranks(lost_peer, tmp_path_factory.mktemp("lost"), num_ranks=2)[0]
-
-
-def test_a_silent_peer_is_given_up_after_the_timeout_and_both_ranks_are_named(lost: dict[str, tuple[str, float]]):
-    message, seconds = lost["silent receive"]
-    assert message.startswith("rank 0 (stages (0,)) got no F from rank 1 within 3 s (--timeout): ")
-    assert "Timed out" in message
-    assert 2.9 < seconds < 60
-    message, seconds = lost["silent sum"]
-    assert message.startswith("rank 0 lost a rank of [0, 1] in the gradient sum of stage 0 within 3 s (--timeout): ")
-    assert 2.9 < seconds < 60
+def lost(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("lost")
+    with ranks(lost_peer, folder, num_ranks=2, folder=folder) as world:
+        world.wait(120)
+        assert (folder / "seen").exists(), world.said(0)
+        seen: dict[str, str] = json.loads((folder / "seen").read_text())
+        return seen
 
 
 @pytest.mark.parametrize(
-    ("case", "start"),
+    ("case", "action"),
     [
-        ("after silence", "rank 0 (stages (0,)) got no F from rank 1"),
-        ("dying receive", "rank 0 (stages (0,)) got no B from rank 1"),
-        ("dead receive", "rank 0 (stages (0,)) got no D from rank 1"),
-        ("dead send", "rank 0 (stages (0,)) could not send labels to rank 1"),
-        ("dead sum", "rank 0 lost a rank of [0, 1] in the gradient sum of stage 0"),
-        ("barrier", "rank 0 waited in vain between layouts"),
+        ("dying receive", "waiting for B from rank 1"),
+        ("dead receive", "waiting for D from rank 1"),
+        ("dead send", "sending labels to rank 1"),
+        ("dead sum", "waiting for ranks [0, 1] in the gradient sum of stage 0"),
+        ("barrier", "waiting for all ranks"),
     ],
 )
-def test_a_dead_peer_is_a_lost_peer_for_every_kind_of_message(
-    lost: dict[str, tuple[str, float]], case: str, start: str
-):
-    message, _ = lost[case]
-    assert message.startswith(start)
-    assert "\n" not in message
+def test_a_dead_peer_is_a_lost_peer_for_every_kind_of_message(lost: dict[str, str], case: str, action: str):
+    assert lost[case].startswith(f"rank 0 (host {os.uname().nodename}, stages (0,)) lost a peer while {action}: ")
+    assert "\n" not in lost[case]
 
 
 def test_without_a_launcher_a_process_is_a_world_of_one():

@@ -275,7 +275,9 @@ def run_case(world: World, case: Case, *, updates: int = UPDATES, alone: bool = 
     learner = build(world, case, case.batch_size, alone)
     trace = Trace()
     # The ranks of the first stages, which agree on the least probability of all shards.
-    owners = world.meeting([r * case.pipeline for r in range(case.data)]) if case.prioritized and not alone else None
+    owners = (
+        world.group([r * case.pipeline for r in range(case.data)], "gloo") if case.prioritized and not alone else None
+    )
     if learner is None:
         return trace
     trace.replica = learner.mesh.replica

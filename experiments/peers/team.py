@@ -16,6 +16,7 @@ import math
 import multiprocessing
 import os
 import signal
+import socket
 import time
 import traceback
 from collections.abc import Callable
@@ -57,8 +58,16 @@ class Team(Isolated):
         Rank r has ``threads`` threads, pinned to its own share of the cores.
         """
         # The parent holds the store, as torchrun's agent does: a port that was merely found free may be taken again.
+        # It is given a socket that listens on the loopback interface; one of its own would listen on all of them.
+        listener = socket.create_server(("127.0.0.1", 0))
         make_store = dist.TCPStore  # type: ignore[attr-defined]  # public, but not in torch's __all__
-        self._store = make_store("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._store = make_store(
+            "127.0.0.1",
+            listener.getsockname()[1],
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )
         self._pipes, self._processes = [], []
         for rank in range(ranks):
             environment = {

@@ -65,7 +65,7 @@ def compare(
     if launched():
         folder, records = run_trials(job)
     else:
-        outcome = launch(run_or_refuse, job, num_workers=job.num_ranks, port=config.port)[0]
+        outcome = launch(run_or_refuse, job, num_workers=job.num_ranks)[0]
         if isinstance(outcome, NothingFits):
             raise outcome
         folder, records = outcome

@@ -15,7 +15,6 @@ from torch import nn
 from mpdqn.arrangement import check_parameters
 from mpdqn.dqn.agents import make_agent
 from mpdqn.environments import EnvironmentSpec, environment_spec
-from mpdqn.launch import check_port
 from mpdqn.layouts import Layout, default_layouts
 from mpdqn.mesh import (
     check_device,
@@ -79,10 +78,8 @@ class CompareConfig:
     """Seed of everything."""
     out: Path = Path("results/compare")
     """Folder in which the run's folder is made."""
-    timeout: float = 60.0
-    """Seconds a rank waits for a message before the run ends with an error."""
-    port: int = 0
-    """TCP port of the workers' rendezvous; 0 takes a free one."""
+    timeout: float = 45.0
+    """Seconds of silence (no heartbeat) after which a rank is lost and the run ends with an error."""
     smoke: bool = False
     """A run of seconds that exercises everything and measures nothing worth quoting."""
     render_only: Path | None = None
@@ -204,8 +201,6 @@ def check(config: CompareConfig, network: str | NetworkFunction | None = None, l
             stacklevel=2,
         )
     check_writable(config.out)
-    if world_size is None:
-        check_port(config.port)
     return job
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +18,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from mpdqn.bench.emulated import FRAMES, WIDTH, emulated_network
 from mpdqn.bench.emulated_row import EmulatedRow
@@ -32,6 +30,7 @@ from mpdqn.mesh import Mesh, World
 from mpdqn.pipeline.runtime import Pipeline
 from mpdqn.pipeline.stage import build_stages
 from mpdqn.pipeline.stopwatch import Stopwatch
+from mpdqn.progress_bar import ProgressBar
 from mpdqn.records import RECORDS, Environment, Record, Value, append_records, read_records
 from mpdqn.schedule.actions import FORWARD, Action
 from mpdqn.timeline import Span, Timeline
@@ -105,7 +104,7 @@ def _run(turns: Turns, rounds: Sequence[int], environment: Environment) -> None:
     with World.open() as world:
         drivers = {row.name: _driver(world, row, turns.seed) for row in turns.rows}
         order = [(r, row) for r in rounds for row in turns.rows]
-        for r, row in tqdm(order, desc=turns.experiment, unit="turn", disable=world.rank != 0, file=sys.stderr):
+        for r, row in ProgressBar(order, desc=turns.experiment, unit="turn", disable=world.rank != 0):
             world.barrier()
             driver = drivers[row.name]
             seen = world.to_first(None if driver is None else _take_turn(driver, turns))

@@ -10,15 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from tqdm import tqdm
-
+from mpdqn.progress_bar import ProgressBar
 from mpdqn.records import RECORDS, Environment, Record, Value, append_records, read_records
 
 Update = Callable[[], None]
@@ -120,7 +118,7 @@ def interleave(
         others = [r for r in read_records(path) if r.settings.get("workload") != workload]
         path.write_text("".join(r.to_json() + "\n" for r in (*others, *kept)))
     turns = [(r, name) for r in range(rounds) if r not in whole for name in contenders]
-    for r, name in tqdm(turns, desc=workload, unit="turn", file=sys.stderr):
+    for r, name in ProgressBar(turns, desc=workload, unit="turn"):
         record = Record(
             experiment=experiment,
             row=f"{workload}: {name}",

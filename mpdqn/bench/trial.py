@@ -11,7 +11,6 @@ import contextlib
 import json
 import math
 import re
-import sys
 import time
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -21,7 +20,6 @@ from typing import cast
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from tqdm import tqdm
 
 from mpdqn.actors import collect
 from mpdqn.allocator import keep_freed_memory
@@ -41,6 +39,7 @@ from mpdqn.mesh import Mesh, World, launched_local_world_size
 from mpdqn.networks import MemoryFormat, choose_memory_format, set_memory_format
 from mpdqn.partition import profile
 from mpdqn.plan import Profile
+from mpdqn.progress_bar import ProgressBar
 from mpdqn.records import RECORDS, TABLES, TRACES, Record, Value, append_records, read_records
 from mpdqn.replay import VirtualShards
 from mpdqn.timeline import LATE, Timeline
@@ -126,9 +125,11 @@ class Trials:
         reference = self._reference()
         errors: dict[Layout, dict[str, Value]] = {}
         turns = [(r, layout) for r in range(self._config.rounds) for layout in self._job.layouts]
-        for r, layout in tqdm(turns, desc="trials", unit="trial", disable=not self._first, file=sys.stderr):
+        for r, layout in ProgressBar(turns, desc="trials", unit="trial", disable=not self._first):
+            self._world.activity.set(f"preparing {layout.name}")
             if r == 0:
                 errors[layout] = self._check(layout, reference)
+            self._world.activity.set(f"measuring {layout.name}")
             ranks = self._trial(layout)
             if self._first:
                 values = combine(self._arranged[layout], ranks, self._config.batch_size)

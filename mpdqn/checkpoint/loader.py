@@ -115,7 +115,7 @@ def load_tensors(world: World, choice: Choice, targets: dict[str, Tensor]) -> No
                 "settings of the run"
             )
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
-    group = world.meeting(range(world.size), "checkpoints")
+    group = world.group(range(world.size), "gloo", "checkpoints")
     reader = RawReader(choice.folder, choice.manifest)
     try:
         load(dict(targets), storage_reader=reader, planner=planner, process_group=group)
@@ -163,5 +163,6 @@ def _from_all(world: World, value: tuple[str | None, list[str], dict[int, str]])
     if world.size == 1:
         return [value]
     values: list[tuple[str | None, list[str], dict[int, str]] | None] = [None] * world.size
-    dist.all_gather_object(values, value, group=world.lobby)
+    with world.waiting("waiting for all ranks to look at a checkpoint"):
+        dist.all_gather_object(values, value, group=world.lobby)
     return [v for v in values if v is not None]

@@ -79,7 +79,7 @@ class Saver:
         rows: Mapping[int, Sequence[RowsEntry]] | None = None,
     ) -> None:
         self._world, self._folder, self._keep, self._shards = world, folder, keep, shards
-        self._group = world.meeting(range(world.size), "checkpoints")
+        self._group = world.group(range(world.size), "gloo", "checkpoints")
         self._rows: dict[int, tuple[RowsEntry, ...]] = {
             v: tuple((rows or {}).get(v, ())) for v in (shards.owned if shards is not None else ())
         }
@@ -122,13 +122,15 @@ class Saver:
         """Wait until frames are written that ``steps`` more steps of every environment would overwrite."""
         if not self._frames_written.is_set() and any(new.overwritten_by(steps) for new in self._new.values()):
             self._pace.hurry()
-            self._frames_written.wait()
+            with self._world.activity.during("writing the frames of a checkpoint"):
+                self._frames_written.wait()
 
     def wait(self) -> None:
         """Wait until nothing is being written."""
         if self._thread is not None:
             self._pace.hurry()
-            self._thread.join()
+            with self._world.activity.during("writing a checkpoint"):
+                self._thread.join()
             self._thread = None
 
     def result(self) -> Saved | NotSaved | None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mpdqn.exchange.synchronous import SynchronousExchange
-from mpdqn.mesh import Mesh, Message
+from mpdqn.mesh import Mesh
+from mpdqn.message import Message
 
 
 class Reduction:

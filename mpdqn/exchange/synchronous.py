@@ -16,7 +16,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from mpdqn.exchange.buckets import make_buckets
-from mpdqn.mesh import Mesh, Message
+from mpdqn.mesh import Mesh
+from mpdqn.message import Message
 
 BUCKET_BYTES = 25 * 2**20
 """As in torch's DistributedDataParallel (Li et al. 2020): large enough for bandwidth, small enough to overlap."""

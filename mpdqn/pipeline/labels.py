@@ -11,7 +11,8 @@ from torch import Tensor
 
 from mpdqn.dqn.agents import Labels
 from mpdqn.dqn.batch import Batch
-from mpdqn.mesh import LABELS, TD_ERRORS, Mesh, Message
+from mpdqn.mesh import LABELS, TD_ERRORS, Mesh
+from mpdqn.message import Message
 
 
 class LabelExchange:

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
-from mpdqn.mesh import Mesh, Message
+from mpdqn.mesh import Mesh
+from mpdqn.message import Message
 from mpdqn.pipeline.recompute import Checkpointed, Owned
 from mpdqn.pipeline.stage import Stage
 from mpdqn.pipeline.stopwatch import Stopwatch
@@ -171,6 +172,7 @@ class Pipeline:
         last_stage = self._mesh.num_stages - 1
         for action in program.order:
             stage, kind, i = action
+            self._mesh.world.activity.set(action)
             try:
                 if action in program.route_of:
                     while action not in arriving:

@@ -92,7 +92,9 @@ class Shard:
         self.records, fields = field_rows(rows, action_shape)
         self._fields = {FRAME: frame} | fields
         self._fields["td_error"].fill_(torch.nan)  # |δ|, unknown until it is returned
-        self.storage = TensorStorage(TensorDict(self._fields, batch_size=[rows]))
+        # "Compilable" has nothing to do with torch.compile here: otherwise the storage makes three semaphores, to be
+        # shared between processes, which a killed rank leaves behind in the system.
+        self.storage = TensorStorage(TensorDict(self._fields, batch_size=[rows]), compilable=True)
         self._sampler = make_sampler(num_envs, self.length, prioritization)
         self._cursors = {
             "written": torch.zeros(num_envs, dtype=torch.int64),  # rows ever written: the position of the next one

@@ -30,7 +30,7 @@ TRANSITIONS = "transitions"
 
 def transitions_group(world: World) -> dist.ProcessGroup:
     """The process group of chunks on their way. Its first call is collective over all ranks, actors or not."""
-    return world.message_group(TRANSITIONS, "gloo", patient=True)
+    return world.message_group(TRANSITIONS, "gloo")
 
 
 class LaggedWeights:
@@ -124,11 +124,8 @@ class RemoteActing:
 
     def chunk(self) -> Chunk:
         """The next chunk, when it is here."""
-        complaint = f"rank {self._world.rank} got no transitions from acting rank {self._source}"
         buffers = [torch.empty_like(t) for t in outgoing(self._example)]
-        messages = [
-            self._world.receive(buffer, self._source, self._group, complaint, patient=True) for buffer in buffers
-        ]
+        messages = [self._world.receive(buffer, self._source, self._group, TRANSITIONS) for buffer in buffers]
         for message in messages:
             message.wait()
         *tensors, ended, counts = buffers
@@ -172,6 +169,7 @@ def act_remotely(
     for r in rounds:
         if not lag:
             receive(r)
+        world.activity.set(f"playing round {r}")
         chunk = acting.chunk()
         send_chunk(world, chunk, owner)
         agree()
@@ -184,8 +182,7 @@ def act_remotely(
 def send_chunk(world: World, chunk: Chunk, owner: int) -> None:
     """Send a chunk to rank ``owner``, which takes it when it asks `RemoteActing` for one."""
     group = transitions_group(world)
-    complaint = f"acting rank {world.rank} could not send transitions to rank {owner}"
-    for message in [world.send(t, owner, group, complaint, patient=True) for t in outgoing(chunk)]:
+    for message in [world.send(t, owner, group, TRANSITIONS) for t in outgoing(chunk)]:
         message.wait()
 
 

@@ -15,7 +15,6 @@ import torch
 from mpdqn.dqn.prioritization import Prioritization
 from mpdqn.dqn.published import Published, brought_to, published
 from mpdqn.environments import EnvironmentSpec, environment_spec
-from mpdqn.launch import check_port
 from mpdqn.layouts import Layout
 from mpdqn.logs import check_logs
 from mpdqn.mesh import check_device, launched, launched_local_world_size, launched_world_size
@@ -185,14 +184,11 @@ def _check_ranks(job: TrainJob, devices: int) -> None:
         raise ValueError(f"unknown actors {config.actors!r}; choose inline or workers")
     if config.actors == "workers" and config.device == "cuda":
         raise ValueError("--actors workers acts on the CPU and is not there for --device cuda yet; use --actors inline")
-    if launched():
-        if job.num_ranks != launched_world_size():
-            raise ValueError(
-                f"layout {layout.name} with {config.actors} actors needs {job.num_ranks} ranks but "
-                f"{launched_world_size()} processes were started; use --nproc-per-node {job.num_ranks}"
-            )
-    else:
-        check_port(config.port)
+    if launched() and job.num_ranks != launched_world_size():
+        raise ValueError(
+            f"layout {layout.name} with {config.actors} actors needs {job.num_ranks} ranks but "
+            f"{launched_world_size()} processes were started; use --nproc-per-node {job.num_ranks}"
+        )
     here = launched_local_world_size() if launched() else layout.ranks
     if 0 < devices < here and layout.pipeline > 1 and not layout.stacked:
         raise ValueError(

@@ -120,10 +120,8 @@ class TrainConfig:
     """Folder in which the run's folder is made."""
     wandb: bool = False
     """Log to Weights & Biases, too."""
-    timeout: float = 60.0
-    """Seconds a rank waits for a message before the run ends with an error."""
-    port: int = 0
-    """TCP port of the workers' rendezvous; 0 takes a free one."""
+    timeout: float = 45.0
+    """Seconds of silence (no heartbeat) after which a rank is lost and the run ends with an error."""
     smoke: bool = False
     """A run of seconds that exercises everything and learns nothing."""
 
@@ -214,7 +212,7 @@ class TrainJob:
     def record_settings(self) -> dict[str, Value]:
         """Everything that makes this run what it is, flat: runs that agree in it are seeds of one line."""
         incidental = (
-            *("seed", "out", "port", "timeout", "wandb", "smoke", "replay_dir", "env_workers", "log_every", "resume"),
+            *("seed", "out", "timeout", "wandb", "smoke", "replay_dir", "env_workers", "log_every", "resume"),
             *("checkpoint_minutes", "checkpoint_every", "checkpoint_at_end", "keep_checkpoints"),
         )
         chosen = {name: value for name, value in asdict(self.config).items() if name not in incidental}

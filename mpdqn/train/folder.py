@@ -155,7 +155,6 @@ def load_run(folder: Path) -> Run:
         "device": "cpu",
         "actors": "inline",
         "wandb": False,
-        "port": 0,
         "precision": "auto",
         "compile": "auto",
     }

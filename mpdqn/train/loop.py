@@ -110,6 +110,7 @@ class Trainer(Rank):
             self.acting.start()
         for r in rounds:
             chunk: Chunk | None = None
+            self.world.activity.set(f"playing round {r}")
             if not lag:
                 self._deliver(learner, r)
             if self.acting is not None and self.queue is not None and self.shards is not None:
@@ -140,20 +141,11 @@ class Trainer(Rank):
                 send_chunk(self.world, chunk, self._owner_of[self.world.rank - self.job.layout.ranks])
 
     def _agree(self) -> None:
-        """Meet all ranks where there is time, as one may be playing for longer than a message waits.
-
-        There each hears what any of them was asked for.
-        """
+        """Hear what any rank was asked for, once a round."""
         asked = torch.tensor(self._asked())
         if self.world.size > 1:
-            group, complaint = self._everyone, f"rank {self.world.rank} waited in vain for all ranks to have played"
-            self.world.start(
-                lambda: dist.all_reduce(asked, dist.ReduceOp.MAX, group=group, async_op=True),
-                asked,
-                group,
-                complaint,
-                patient=True,
-            ).wait()
+            with self.world.waiting("waiting for all ranks to have played"):
+                dist.all_reduce(asked, dist.ReduceOp.MAX, group=self._everyone)
         self.asked = int(asked)
 
     def _due(self, r: int) -> bool:
@@ -179,7 +171,9 @@ class Trainer(Rank):
             batch: Batch | None = None
             upcoming: Batch | None = None
             if self.queue is not None:
+                self.world.activity.set(f"drawing the batch of update {update + 1}")
                 batch, upcoming = self.queue.batches(update)
+            self.world.activity.set(f"learning update {update + 1}")
             step = learner.learn(batch, upcoming)
             losses.append(step.loss)
             norms.append(step.grad_norm)
@@ -229,7 +223,8 @@ class Trainer(Rank):
         if self.folder is not None:
             where = f"; its batch and the weights after it are in {self.folder}/failed-update-{update}-rank*.pt"
         if dist.get_world_size(self._learners) > 1:
-            dist.barrier(self._learners)  # the first rank that raises ends the others, which may still be writing
+            with self.world.waiting("waiting for all learners to save a failed update"):
+                dist.barrier(self._learners)  # the first rank that raises ends the others, which may still be writing
         raise NotANumber(
             f"update {update} has loss {losses[bad].item()} and gradient norm {norms[bad].item()}{where}; "
             "look at rewards and learning_rate"
@@ -245,12 +240,14 @@ class Trainer(Rank):
         if self.acting is not None:
             self.acting.settle()
         state = {name: t for stage in self.learner.stages for name, t in stage.online.state_dict().items()}
-        return gather_by_name(self.learner, state)
+        with self.world.waiting("waiting for the weights of all stages"):
+            return gather_by_name(self.learner, state)
 
     def to_first(self, value: T) -> list[T | None]:
         """What every learner rank has, on rank 0; an empty list elsewhere. Collective over them; plain values only."""
         assert self.learner is not None
         ranks = self.learner.mesh.plan.ranks
         values: list[T | None] | None = [None] * len(ranks) if self.world.rank == ranks[0] else None
-        dist.gather_object(value, values, dst=ranks[0], group=self._learners)
+        with self.world.waiting("waiting for all learners' progress"):
+            dist.gather_object(value, values, dst=ranks[0], group=self._learners)
         return values or []

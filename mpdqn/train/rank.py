@@ -70,8 +70,8 @@ class Rank:
         self.owned = owned_shards(job, world.rank)
         self._delivery = WeightDelivery(world, plan, network, self._acting_ranks)
         owners_group = world.group(owners, "gloo")
-        self._learners = world.meeting(plan.ranks)
-        self._everyone = world.meeting(range(world.size))
+        self._learners = world.group(plan.ranks, "gloo", "learners")
+        self._everyone = world.group(range(world.size), "gloo", "rounds")
         if remote:
             transitions_group(world)
         self.acceleration = self._accelerate(network)

@@ -17,7 +17,7 @@ CONFIG = "config.json"
 
 MAY_CHANGE = (
     *("layout", "actors", "env_workers", "recompute", "precision", "compile", "device"),
-    *("replay_dir", "timeout", "port", "wandb", "out", "resume"),
+    *("replay_dir", "timeout", "wandb", "out", "resume"),
     *("evaluate_every", "evaluation_episodes", "log_every", "frames"),
     *("checkpoint_minutes", "checkpoint_every", "checkpoint_at_end", "keep_checkpoints"),
 )

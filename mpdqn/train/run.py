@@ -46,9 +46,7 @@ def train(config: TrainConfig | None = None, **settings: Any) -> TrainResult:
     job = check(replace(config or TrainConfig(), **settings))
     if launched() or job.num_ranks == 1:
         return train_rank(job)
-    results: list[TrainResult] = launch(
-        train_rank, job, num_workers=job.num_ranks, port=job.config.port, forward_sigterm=True
-    )
+    results: list[TrainResult] = launch(train_rank, job, num_workers=job.num_ranks, forward_sigterm=True)
     return results[0]
 
 

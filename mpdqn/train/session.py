@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import sys
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -12,7 +11,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
-from tqdm import tqdm
 
 from mpdqn.actors import Episode
 from mpdqn.checkpoint.loader import Choice
@@ -20,6 +18,7 @@ from mpdqn.checkpoint.saver import NotSaved
 from mpdqn.evaluate import Evaluation, evaluate
 from mpdqn.logs import PROGRESS, Logs, open_logs, read_progress
 from mpdqn.mesh import World
+from mpdqn.progress_bar import ProgressBar
 from mpdqn.records import Record
 from mpdqn.train.acting import episode_rows, episodes_of
 from mpdqn.train.checkpoints import STOP, Checkpoints, asked_for, go_on
@@ -82,6 +81,8 @@ class Session:
         self._evaluation: Evaluation | None = None
         self._checkpoints: Checkpoints | None = None
         self._resumed, self._lost = 0, ()
+        if world.heartbeat is not None:
+            world.heartbeat.on_loss.append(lambda problem: self._tell(FAILED, f"PeerLost: {problem}"))
         self._step: TrainStep | None = None
 
     def run(self, choice: Choice | None) -> TrainResult:
@@ -119,7 +120,7 @@ class Session:
             )
         total = job.frames_after(job.num_rounds)
         bar = stack.enter_context(
-            tqdm(total=total, initial=frames, unit=" frames", unit_scale=True, disable=not self._first, file=sys.stderr)
+            ProgressBar(total=total, initial=frames, unit=" frames", unit_scale=True, disable=not self._first)
         )
         self._checkpoints = checkpoints = Checkpoints(trainer, self._folder, self._run, choice)
         for step in trainer.run():
@@ -166,6 +167,7 @@ class Session:
         """Go on from ``choice``; the seconds that were trained before it. Collective over the world."""
         if choice is None:
             return 0.0
+        self._world.activity.set(f"loading {choice.folder.name}")
         besides, counters = go_on(self._trainer, choice), choice.manifest.counters
         self._lost = tuple(sorted({*counters["replay_lost"], *choice.gone}))
         self._resumed = counters["resumed"] + 1
@@ -181,6 +183,7 @@ class Session:
     def _save(self, step: TrainStep, seconds: float) -> None:
         """Begin to write a checkpoint. Collective over the world."""
         assert self._checkpoints is not None
+        self._world.activity.set("starting a checkpoint")
         own, _ = self._progress.take()
         pending = [] if self._trainer.learner is None else self._trainer.to_first(own)
         row, counters = self._progress.state()
@@ -249,6 +252,7 @@ class Session:
         """Play evaluation episodes on rank 0 with the weights of now, while the others wait."""
         job, world = self._job, self._trainer.world
         weights = self._trainer.weights()
+        world.activity.set("evaluating")
         if self._first:
             save_weights(self._folder, weights)  # whatever may happen in the evaluation
             network = job.make_network()
@@ -264,7 +268,7 @@ class Session:
                 max_steps=MOST_FRAMES // job.spec.frames_per_action,
                 workers=job.config.env_workers,
             )
-        world.barrier()
+        world.barrier("waiting for the evaluation")
         if self._evaluation is None:
             return {}
         return {"evaluation_return": self._evaluation.mean, "evaluation_episodes": len(self._evaluation.returns)}

@@ -2,8 +2,7 @@
 
 import os
 import re
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,6 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
         ({"timeout": 0.0}, "timeout is 0.0 s but must be above 0"),
         ({"epsilon": 1.5}, "epsilon is 1.5 but must be between 0 and 1"),
         ({"network": "impala", "width": 0.0}, "width"),
-        ({"port": 70_000}, "ports are 0 to 65535"),
         ({"device": "tpu"}, "unknown device 'tpu'; choose cpu or cuda"),
     ],
 )
@@ -103,19 +101,6 @@ def test_no_cuda(refused: Callable[..., str]) -> None:
     assert message.startswith(
         f"--device cuda, but torch {torch.__version__} sees 0 CUDA devices here; use --device cpu"
     )
-
-
-@pytest.fixture
-def used_port() -> Iterator[int]:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        yield other.getsockname()[1]
-
-
-def test_a_port_in_use(refused: Callable[..., str], used_port: int) -> None:
-    message = refused(port=used_port)
-    assert message.startswith(f"port {used_port} on 127.0.0.1 cannot be used (Address already in use); choose another")
 
 
 def test_an_out_below_a_file(refused: Callable[..., str], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ FLAGS = {
     "compare": """
         --env --network --width --head --agent --batch-size --num-microbatches --layouts --lookahead --recompute
         --memory-limit --trace --steps --rounds --transitions --num-shards --envs-per-shard --epsilon --device --seed
-        --out --timeout --port --smoke --render-only
+        --out --timeout --smoke --render-only
     """,
     "train": """
         --env --agent --network --width --layout --frames --double --dueling --noisy --prioritized --n-step --batch-size
@@ -20,7 +20,7 @@ FLAGS = {
         --evaluation-epsilon --lookahead --prefetch --recompute --num-shards --envs-per-shard --round-steps --actor-lag
         --actors --env-workers --replay-dir --dtype --precision --compile --device --evaluate-every
         --evaluation-episodes --log-every --checkpoint-minutes --checkpoint-every --checkpoint-at-end --keep-checkpoints
-        --resume --seed --out --wandb --timeout --port --smoke
+        --resume --seed --out --wandb --timeout --smoke
     """,
     "status": "",
     "evaluate": "--run --episodes --epsilon --video --seed --num-envs --workers",

@@ -1,0 +1,346 @@
+"""`Heartbeat`: small messages between all ranks that tell a busy peer from a silent one.
+
+    rank 0   main thread  0F0 0F1 … wait for B ┐              main thread  wait for F … 1F0 1B0        rank 1
+             monitor  [1] ── beat 7: "waiting for B from rank 1", 0.2 s ──▶ listener of rank 0  [2]
+             listener of rank 1 ◀── beat 5: "1F0", 0.1 s, has seen 7 ──  monitor
+
+    [1] every interval the monitor sends its beat to every peer that has seen the one before, or waits for an answer
+    [2] a listener notes each beat of its peer; from then on the peer's silence counts anew
+    [3] a peer that was silent for longer than the timeout, or that said that it failed, ends this process
+
+No message between ranks has a time limit of its own: a large one over a slow link takes as long as it takes. What has
+a limit is *silence*: no beat, and no byte from another host. A rank that computes, compiles, plays or evaluates for an
+hour still beats; a stopped process, a lost host or a dead link does not. The monitor ends the process itself, because
+the main thread may be inside gloo or NCCL, where no Python exception reaches it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mpdqn.failures import GRACE_S, POOL_FOLDER, Failure, PeerLost, first_line
+from mpdqn.traffic import bytes_from, own_addresses
+
+NO_LIMIT = timedelta(days=365)
+"""The time limit of a message: none. Silence has one."""
+
+BEAT_BYTES = 1024
+"""Size of a beat on the wire."""
+
+
+class Activity:
+    """What a rank's main thread is doing ("playing round 3", or an action of a table), and since when.
+
+    Written by the main thread, read by the monitor.
+    """
+
+    def __init__(self) -> None:
+        self.role = ""
+        self._now: tuple[object, float, bool] = ("starting", time.monotonic(), False)
+
+    def set(self, action: object) -> None:
+        """Note that the main thread begins ``action``; its text is made when it is asked for."""
+        self._now = (action, time.monotonic(), False)
+
+    @contextlib.contextmanager
+    def during(self, action: object) -> Iterator[None]:
+        """Note that the main thread does ``action`` inside the context, and what it did before after it."""
+        before, self._now = self._now, (action, time.monotonic(), False)
+        yield
+        self._now = (before[0], time.monotonic(), before[2])
+
+    @contextlib.contextmanager
+    def waiting(self, what: object) -> Iterator[None]:
+        """Note that the main thread waits for ``what`` inside the context; threads beside it note nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before, self._now = self._now, (what, time.monotonic(), True)
+        yield  # an error leaves the wait noted: it is what the failure is about
+        self._now = (before[0], time.monotonic(), before[2])
+
+    def look(self) -> tuple[str, float, bool]:
+        """Return the text of the action, its age in seconds, and whether it is a wait for another rank."""
+        action, since, waits = self._now
+        text = action if isinstance(action, str) else f"computing {action}"
+        return text, time.monotonic() - since, waits
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beat:
+    """One message of a rank to a peer; ``seen`` is the number of the last beat that it had from that peer."""
+
+    number: int
+    seen: int
+    state: Literal["running", "leaving", "failed"] = "running"
+    role: str = ""
+    action: str = ""
+    age: float = 0.0
+    waits: bool = False
+
+    def encode(self) -> Tensor:
+        """Return this beat as uint8 [BEAT_BYTES], its action cut to fit."""
+        values, room = asdict(self), BEAT_BYTES
+        while len(text := json.dumps(values).encode()) > room:
+            longest = max(("role", "action"), key=lambda name: len(values[name]))
+            values[longest] = values[longest][: len(values[longest]) // 2]
+        return torch.frombuffer(bytearray(text.ljust(room)), dtype=torch.uint8)
+
+    @staticmethod
+    def decode(buffer: Tensor) -> Beat:
+        """Return the beat that `encode` made ``buffer`` of."""
+        return Beat(**json.loads(bytes(buffer.tolist())))
+
+
+@dataclass(kw_only=True)
+class Peer:
+    """Another rank as its beats show it. ``silent_s`` counts only time in which this process itself ran."""
+
+    rank: int
+    about: dict[str, Any]
+    beat: Beat = Beat(number=0, seen=0, action="starting")
+    received: float = field(default_factory=time.monotonic)
+    heard: bool = True
+    silent_s: float = 0.0
+    bytes_received: int = 0
+    gone: str = ""
+    gone_s: float = 0.0
+    sent: int = 0
+    answered: int = 0
+    in_flight: dict[int, tuple[dist.Work | None, Tensor]] = field(default_factory=dict)
+
+    @property
+    def left(self) -> bool:
+        """Whether the peer came to its end in good order."""
+        return self.beat.state == "leaving"
+
+    def __str__(self) -> str:
+        return _name(self.rank, self.about, self.beat.role)
+
+    def action(self, since_then: float = 0.0) -> str:
+        """Return what the peer was doing when it was last heard of, and for how long, ``since_then`` seconds added."""
+        return f"{self.beat.action} (for {self.beat.age + since_then:.0f} s)"
+
+
+class Heartbeat:
+    """This rank's beats and its view of its peers. Building one is collective over the world.
+
+    Args:
+        rank: this rank.
+        group: a gloo group of all ranks that nothing else uses.
+        timeout_s: seconds of silence after which a peer is lost.
+        activity: what this rank's main thread notes.
+    """
+
+    def __init__(self, rank: int, group: dist.ProcessGroup, timeout_s: float, activity: Activity) -> None:
+        self.rank, self.timeout_s, self.activity = rank, timeout_s, activity
+        self.interval_s = min(1.0, timeout_s / 10)
+        self.on_loss: list[Callable[[str], None]] = []
+        self._group, self._pool = group, POOL_FOLDER.get()
+        self._stopping, self._state, self._why = threading.Event(), "running", ""
+        self._named_after = timeout_s
+        size = dist.get_world_size(group)
+        abouts: list[dict[str, Any]] = [{}] * size
+        dist.barrier(group)  # from here on there are connections, whose addresses are told
+        dist.all_gather_object(abouts, _about(), group=group)
+        self._own = abouts[rank]
+        self.peers = [Peer(rank=r, about=abouts[r]) for r in range(size) if r != rank]
+        self._listeners = [threading.Thread(target=self._listen, args=(p,), daemon=True) for p in self.peers]
+        self._monitor = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+        for thread in (*self._listeners, self._monitor):
+            thread.start()
+
+    def close(self, error: BaseException | None = None) -> None:
+        """Stop beating; tell the peers that this rank leaves in good order, or that it failed with ``error``.
+
+        In good order it waits, for `GRACE_S` at most, until the peers leave as well: their messages still come here.
+        """
+        if self._state != "running":
+            return
+        self._state = "leaving" if error is None else "failed"
+        self._why = "" if error is None else f"{type(error).__name__}: {first_line(error)}"
+        self._stopping.set()
+        self._monitor.join()
+        self._send_all()
+        if error is None:
+            end = time.monotonic() + GRACE_S
+            for listener in self._listeners:
+                listener.join(max(0.0, end - time.monotonic()))
+
+    def _listen(self, peer: Peer) -> None:
+        """[2] Note every beat of ``peer`` until it leaves, fails or is gone."""
+        while True:
+            buffer = torch.empty(BEAT_BYTES, dtype=torch.uint8)
+            try:
+                work = self._group.recv([buffer], peer.rank, 0)
+                if work is not None:
+                    work.wait(NO_LIMIT)
+            except RuntimeError as error:
+                if not peer.left:
+                    peer.gone = f"is gone ({first_line(error)})"
+                return
+            peer.beat, peer.received, peer.heard = Beat.decode(buffer), time.monotonic(), True
+            if peer.beat.state != "running":
+                if peer.beat.state == "failed":
+                    peer.gone = f"failed: {peer.beat.action}"
+                return
+
+    def _watch(self) -> None:
+        """[1], [3]: the body of the monitor thread."""
+        last = time.monotonic()
+        while not self._stopping.wait(self.interval_s):
+            # A process that was itself stopped, or a machine that slept, has not listened: that time is not silence.
+            now = time.monotonic()
+            elapsed, last = min(now - last, 2 * self.interval_s), now
+            for peer in self.peers:
+                self._judge(peer, elapsed)
+            self._name_who_is_waited_for()
+            self._send_all()
+
+    def _judge(self, peer: Peer, elapsed: float) -> None:
+        """End this process if ``peer`` was silent for too long, or is gone and waited for."""
+        if peer.left:
+            return
+        if peer.gone:
+            peer.gone_s += elapsed
+            _, age, waits = self.activity.look()
+            # The peer's own failure is to be seen first, and a rank that fails with it has time to say so.
+            if peer.gone_s > self.timeout_s or (waits and min(age, peer.gone_s) > GRACE_S):
+                self._end(f"{peer} {peer.gone}, last seen {peer.action()}")
+            return
+        heard, peer.heard = peer.heard, False
+        peer.silent_s = 0.0 if heard else peer.silent_s + elapsed
+        if peer.silent_s > self.timeout_s / 2 and self._moves_bytes(peer):
+            peer.silent_s = self.timeout_s / 2
+        if peer.silent_s > self.timeout_s:
+            self._end(
+                f"{peer} has been silent for {peer.silent_s:.0f} s (--timeout {self.timeout_s:g}), last seen "
+                f"{peer.action()}",
+                silent=peer,
+            )
+
+    def _moves_bytes(self, peer: Peer) -> bool:
+        """Return whether bytes have come from the host of ``peer`` since the last call; False on the same host."""
+        if peer.about["host_id"] == self._own["host_id"]:
+            return False
+        before, peer.bytes_received = peer.bytes_received, bytes_from(peer.about["addresses"])
+        return peer.bytes_received > before
+
+    def _name_who_is_waited_for(self) -> None:
+        """Print, ever more rarely, what the peers do for which the main thread has waited longer than the timeout."""
+        action, age, waits = self.activity.look()
+        if not waits or age < self.timeout_s:
+            self._named_after = self.timeout_s
+        elif age >= self._named_after:
+            self._named_after = 2 * age
+            busy = [p for p in self.peers if not p.beat.waits and not p.left and not p.gone]
+            others = "; ".join(
+                f"{peer} answers and is {peer.action(time.monotonic() - peer.received)}" for peer in busy
+            )
+            why = others or "all other ranks wait as well"
+            print(
+                f"mpdqn: {self.name(self.rank)} has been {action} for {age:.0f} s; {why}", file=sys.stderr, flush=True
+            )
+
+    def _send_all(self) -> None:
+        """[1] Send a beat to every peer that has seen the last one, or the last beat of all to every peer."""
+        action, age, waits = self.activity.look()
+        for peer in self.peers:
+            # Beats to a stopped peer would pile up. An answer is always sent: otherwise two ranks whose beats crossed
+            # would each wait for the other to say that it has seen them.
+            unseen, unanswered = peer.beat.seen < peer.sent, peer.answered < peer.beat.number
+            if peer.gone or peer.left or (unseen and not unanswered and self._state == "running"):
+                continue
+            beat = Beat(
+                number=peer.sent + 1,
+                seen=peer.beat.number,
+                state=self._state,  # type: ignore[arg-type]  # one of Beat's three
+                role=self.activity.role,
+                action=self._why or action,
+                age=age,
+                waits=waits,
+            )
+            tensor = beat.encode()
+            peer.in_flight = {number: sent for number, sent in peer.in_flight.items() if number > peer.beat.seen}
+            try:
+                peer.in_flight[beat.number] = self._group.send([tensor], peer.rank, 0), tensor
+                peer.sent, peer.answered = beat.number, beat.seen
+            except RuntimeError as error:
+                peer.gone = f"is gone ({first_line(error)})"
+
+    def name(self, rank: int) -> str:
+        """Return ``rank`` with its host and its part in the layout, as messages name it."""
+        if rank == self.rank:
+            return _name(rank, self._own, self.activity.role)
+        return str(next(peer for peer in self.peers if peer.rank == rank))
+
+    def _end(self, what: str, silent: Peer | None = None) -> None:
+        """[3] End this process, because of ``what``, and a ``silent`` peer of the same host with it."""
+        if self._stopping.is_set():
+            return
+        action, age, _ = self.activity.look()
+        message = f"{what}; {self.name(self.rank)} was {action} (for {age:.0f} s)"
+        ended = () if silent is None else (silent.rank,)
+        replace(Failure.of(PeerLost(message)), ended=ended).report(self._pool, self.rank)
+        self._state, self._why = "failed", what
+        self._send_all()
+        if silent is not None:
+            _kill_here(silent.about, self._own)
+        # What is to be told besides, such as the run's status, may hang on the disk: it gets a second.
+        teller = threading.Thread(target=lambda: [tell(message) for tell in self.on_loss], daemon=True)
+        teller.start()
+        teller.join(1.0)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2)
+
+
+def _name(rank: int, about: dict[str, Any], role: str) -> str:
+    return f"rank {rank} (host {about['host']}{f', {role}' if role else ''})"
+
+
+def _about() -> dict[str, Any]:
+    """Return this process as its peers should know it.
+
+    ``host_id`` is that of the kernel and of the namespaces in which process numbers and addresses mean the same.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    spaces = [os.readlink(f"/proc/self/ns/{kind}") for kind in ("pid", "net")]
+    return {
+        "host": socket.gethostname(),
+        "addresses": own_addresses(),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "host_id": " ".join([boot, *spaces]),
+    }
+
+
+def _kill_here(about: dict[str, Any], own: dict[str, Any]) -> None:
+    """Kill a process of this machine that no longer answers: nothing gentler would reach it."""
+    if about["host_id"] == own["host_id"] and about["started"] == _started(about["pid"]) != "":
+        with contextlib.suppress(OSError):
+            os.kill(about["pid"], signal.SIGKILL)
+
+
+def _started(pid: int) -> str:
+    """Return when process ``pid`` was started, in clock ticks since boot; empty if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except OSError:
+        return ""

@@ -1,0 +1,142 @@
+"""The start of a world: every rank finds the others, or says within the timeout which one it missed.
+
+    store  ◀── rank 0 is here      [1] the store: a file in the pool's own folder, or what the launcher names
+           ◀── rank 1 is here      [2] roll call: wait for every rank's name
+    gloo / NCCL: addresses         [3] torch's default process group
+
+Each step happens in a thread, because torch's client of a TCP store waits without limit for a server that accepts a
+connection and then says nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import TypeVar
+
+import torch.distributed as dist
+from torch.distributed import (  # type: ignore[attr-defined]  # public, but not in its __all__
+    FileStore,
+    HashStore,
+    PrefixStore,
+    Store,
+    TCPStore,
+)
+
+from mpdqn.failures import PeerLost, first_line
+
+T = TypeVar("T")
+
+MARGIN_S = 5.0
+"""Seconds beyond the timeout after which a step that should have ended by itself is given up."""
+
+
+def join(backend: str, rank: int, size: int, timeout_s: float, folder: Path | None) -> None:
+    """Make torch's default process group of ``size`` ranks. Collective.
+
+    Args:
+        backend: ``gloo`` or ``nccl``.
+        rank: this rank.
+        size: how many ranks there are.
+        timeout_s: seconds for which a rank waits for the others to start.
+        folder: the pool's own folder, in which the ranks meet in a file; None for the launcher's rendezvous.
+
+    Raises:
+        PeerLost: if the rendezvous does not answer, or a rank does not come, naming which.
+    """
+    if size == 1:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        return
+    limit = timedelta(seconds=timeout_s)
+    where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}" if folder is None else "a file"
+
+    try:
+        store = within(timeout_s + MARGIN_S, lambda: _store(rank, size, limit, folder))  # [1]
+        within(timeout_s + MARGIN_S, lambda: _call_roll(store, rank, size, timeout_s))  # [2]
+        within(  # [3]
+            timeout_s + MARGIN_S,
+            lambda: dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit),
+        )
+    except TimeoutError as error:
+        raise PeerLost(
+            f"rank {rank} of {size} had no answer from the rendezvous at {where} ({error}); look at what listens there"
+        ) from None
+    except PeerLost:
+        raise
+    except (RuntimeError, ValueError) as error:  # torch's network errors bring a C++ stack along
+        raise PeerLost(
+            f"rank {rank} of {size} could not join the others through the rendezvous at {where}: {first_line(error)}"
+        ) from None
+
+
+def _store(rank: int, size: int, limit: timedelta, folder: Path | None) -> Store:
+    """Return the store of a new world: what another one of these processes left in it is not seen."""
+    if folder is not None:
+        store: Store = FileStore(str(folder / "store"))
+        store.set_timeout(limit)
+    else:
+        # As torch's env:// rendezvous, but without its waiting for all ranks, which would not say who is missing.
+        served = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+        if host is None or port is None:
+            raise ValueError(f"RANK is set but MASTER_ADDR is {host} and MASTER_PORT is {port}; use torchrun")
+        store = TCPStore(
+            host,
+            int(port),
+            size,
+            is_master=rank == 0 and not served,
+            timeout=limit,
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+    return PrefixStore(f"mpdqn/world-{store.add(f'mpdqn/opened-{rank}', 1)}", store)
+
+
+def _call_roll(store: Store, rank: int, size: int, timeout_s: float) -> None:
+    """Wait until every rank has said that it is here."""
+    store.set(f"here/{rank}", "1")
+    end = time.monotonic() + timeout_s
+    missing: list[int] = []
+    for other in (r for r in range(size) if r != rank):
+        left = max(0.001, end - time.monotonic())
+        try:
+            store.wait([f"here/{other}"], timedelta(seconds=left))
+        except RuntimeError as error:
+            if missing and "timeout" not in str(error).lower():  # the store went with a rank that gave up earlier
+                break
+            missing.append(other)
+    if missing:
+        names = ", ".join(map(str, missing))
+        raise PeerLost(
+            f"rank {rank} waited {timeout_s:g} s (--timeout) for rank {names} of {size} to start; look at its output, "
+            "or raise --timeout where starting takes longer"
+        )
+
+
+def within(seconds: float, function: Callable[[], T]) -> T:
+    """Return what ``function`` returns, called in a thread.
+
+    Raises:
+        TimeoutError: if it has not ended after ``seconds``; its thread is left behind then.
+    """
+    results: list[T] = []
+    failures: list[BaseException] = []
+
+    def call() -> None:
+        try:
+            results.append(function())
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=call, name="rendezvous", daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if failures:
+        raise failures[0]
+    if not results:
+        raise TimeoutError(f"none within {seconds:g} s")
+    return results[0]
