@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _print_failure(command: str, error: BaseException) -> None:
-    """Print what there is to read of ``error``, such as the traceback of a rank, and last the one line that says why."""
+    """Print what there is to read of ``error``, such as a rank's traceback, and last the one line that says why."""
     notes = getattr(error, "__notes__", ())
     if isinstance(error, WorkerError):  # a progress bar may stand unfinished on the line
         print(file=sys.stderr)
