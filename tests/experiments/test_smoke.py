@@ -71,6 +71,8 @@ def test_kill_drill(tmp_path: Path) -> None:
     records = list(read_records(tmp_path / RECORDS))
     assert [record.settings["what"] for record in records] == ["kill", "kill", "end"]
     assert records[-1].values["verdict"] == "identical"
+    first, second = (record.values["fraction"] for record in records[:2])
+    assert 0 < first < 0.475 <= second < 1, "one kill in each half"  # type: ignore[operator]
     assert run("kill_drill", "--out", str(tmp_path)) == table
 
 
