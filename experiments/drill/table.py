@@ -74,4 +74,4 @@ def _fraction(kill: Record) -> float:
 def _moments(records: Sequence[Record]) -> str:
     if all("fraction" in r.values for r in records if r.settings["what"] == KILL):
         return "at a random moment in each of as many equal parts of the run's frames; the first before any checkpoint"
-    return "within 1.8 s of making good the kill before: at random moments, but not spread over the run"
+    return "at a random moment soon after the kill before was made good, not spread over the run"

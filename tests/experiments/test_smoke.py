@@ -79,13 +79,15 @@ def test_kill_drill(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_training_speed(tmp_path: Path) -> None:
     """Every peer that is installed trains; the others are named in the notes."""
-    table = run("training_speed", "--out", str(tmp_path), timeout=560)  # nine processes, one after the other
+    table = run("training_speed", "--out", str(tmp_path), timeout=560)  # eleven processes, one after the other
     assert (tmp_path / "table.md").read_text() in table
     records = list(read_records(tmp_path / RECORDS))
     measured = {(record.settings["workload"], record.settings["contender"]) for record in records}
     assert {
         ("training", "mpdqn"),
+        ("training", "mpdqn, defaults"),
         ("collection with a policy", "mpdqn"),
+        ("collection with a policy", "mpdqn, defaults"),
         ("collection with a policy", "bare loop"),
     } <= (measured)
     for name in ("TorchRL dqn_atari", "SB3 DQN", "CleanRL dqn_atari", "SB3 DQN, tuned", "CleanRL dqn_atari, tuned"):
