@@ -30,6 +30,7 @@ from experiments.peers.checkpoint_table import (
     INCREMENTAL,
     PEER,
     QUIET,
+    ROUNDS,
     TURNS,
     WAITED_FULL,
     WAITED_INCREMENTAL,
@@ -50,7 +51,7 @@ class Config:
 
     out: Path = Path("results/checkpoint_cost")
     """Folder of the records, and of the checkpoints while they are measured."""
-    rounds: int = 4
+    rounds: int = ROUNDS
     """How often all of it is measured."""
     steps: int = 4
     """Updates of a quiet turn."""

@@ -24,7 +24,7 @@ import tyro
 
 from mpdqn.bench.emulated import StageSeconds
 from mpdqn.bench.emulated_row import EmulatedRow
-from mpdqn.bench.emulated_turns import Turns, measure
+from mpdqn.bench.emulated_turns import Turns, measure, shortened_note
 from mpdqn.bench.gantt import gantt
 from mpdqn.bench.tables import NOTHING, Table, spread, summarize
 from mpdqn.bench.trace import read_trace
@@ -170,6 +170,7 @@ def pipeline_table(records: Sequence[Record], measured: Mapping[tuple[str, int],
             f"for B; processes, messages and learner are real, {config.pipeline} processes on {e.cores} cores",
             "utilisation: work of the emulated devices as a share of the time from update to update, on the slowest "
             "rank; the simulator has free messages and nothing but the emulated work",
+            shortened_note(records),
             f"median [min–max] of {len({record.round for record in records})} interleaved rounds of {config.updates} "
             "updates; ratios are taken within a round, above 1 is faster",
             *verdicts,

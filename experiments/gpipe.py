@@ -19,7 +19,7 @@ import tyro
 
 from mpdqn.bench.emulated import StageSeconds
 from mpdqn.bench.emulated_row import EmulatedRow
-from mpdqn.bench.emulated_turns import Turns, measure
+from mpdqn.bench.emulated_turns import Turns, measure, shortened_note
 from mpdqn.bench.tables import NOTHING, Table, spread, summarize
 from mpdqn.records import Record
 
@@ -133,6 +133,7 @@ def gpipe_table(records: Sequence[Record], cells: Mapping[Cell, EmulatedRow], co
             f"emulated: a device sleeps {config.forward:g} s / (K·m) for a forward, as long to run it again, "
             f"and twice that for a backward; processes and messages are real, {ranks} processes on {e.cores} cores",
             "simulated: free messages and nothing but the emulated work",
+            shortened_note(records),
             f"median [min–max] of {len({record.round for record in records})} interleaved rounds of {config.updates} "
             "updates; ratios are taken within a round",
             "published: AmoebaNet-D, different hardware (GPipe: Huang et al. 2019; torchgpipe: Kim et al. 2020, "

@@ -1,10 +1,12 @@
 """Runs whose ranks are killed again and again, each time gone on with, beside the same runs left alone.
 
-SIGKILL goes to a random rank at random moments, one in four while a checkpoint is being written. A synchronous run must
-end with the same bits on the same layout (MinAtar on two replicas, Atari on a pipeline whose gaps are filled), and
-within 1e-10 in float64 where each part runs on another layout (1 × 1, 2 × 2, 1 × 2).
+SIGKILL goes to a random rank at random moments that are spread over the whole run (`experiments.drill.moments`), about
+one in four while a checkpoint is being written. A synchronous run must end with the same bits on the same layout
+(MinAtar on two replicas, Atari on a pipeline whose gaps are filled), and within 1e-10 in float64 where each part runs
+on another layout (1 × 1, 2 × 2, 1 × 2).
 
-python -m experiments.kill_drill [--smoke]          about 20 minutes on 2 cores; run again, it goes on
+python -m experiments.kill_drill [--kills N] [--smoke]
+about 20 minutes on 2 quiet cores, 15 with --kills 10; run again, it goes on
 """
 
 from __future__ import annotations
@@ -12,12 +14,13 @@ from __future__ import annotations
 import random
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import tyro
 
+from experiments.drill.moments import flag, kill_moments
 from experiments.drill.table import END, KILL, drill_table
 from experiments.drill.victim import Victim, progress_of
 from mpdqn.checkpoint.contents import contents, differences
@@ -30,22 +33,32 @@ BOUND = 1e-10
 """Of ‖a − b‖ / ‖b‖ over all weights, where the layout changes."""
 NOT_THE_RUN = ("frames_per_s", "updates_per_s", "late_passes")
 """Columns of progress that tell how it was computed."""
+JITTER_S = 0.2
+"""Most seconds between a kill and the progress entry that it waits for: without, it would always follow a round."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A run: its flags, the layouts of its parts in turn, how often it is killed, rounds between checkpoints."""
+    """A run: its flags, the layouts of its parts in turn, and how often it is killed."""
 
     name: str
     flags: tuple[str, ...]
     layouts: tuple[str, ...]
     kills: int
-    interval_s: float
 
     @property
     def same_layout(self) -> bool:
         """Whether all parts are to be bit-identical."""
         return len(self.layouts) == 1
+
+    @property
+    def frames(self) -> int:
+        """Environment frames of the whole run."""
+        return flag(self.flags, "--frames")
+
+    def moments(self, seed: int) -> tuple[int, ...]:
+        """The frames after which each kill is due."""
+        return kill_moments(self.kills, self.frames, flag(self.flags, "--checkpoint-every"), f"{seed} {self.name}")
 
 
 MINATAR = ("--env", "minatar-breakout", "--min-replay", "500", "--capacity", "1000", "--target-period", "50")
@@ -67,21 +80,18 @@ CASES = (
         flags=(*MINATAR, "--frames", "16000", "--log-every", "8", "--checkpoint-every", "160", "--prioritized", "True"),
         layouts=("dp2",),
         kills=25,
-        interval_s=0.6,
     ),
     Case(
         name="Atari, pp2-td1f1b, lookahead 1",
         flags=(*ATARI, "--frames", "25600", "--log-every", "32", "--checkpoint-every", "256", "--lookahead", "1"),
         layouts=("pp2-td1f1b/m2",),
         kills=25,
-        interval_s=0.6,
     ),
     Case(
         name="MinAtar in float64, 1×1 → 2×2 → 1×2",
         flags=(*MINATAR, "--frames", "4000", "--log-every", "8", "--checkpoint-every", "160", "--dtype", "float64"),
         layouts=("single@1", "dp2xpp2-1f1b/m2", "pp2-1f1b/m2"),
         kills=6,
-        interval_s=0.6,
     ),
 )
 SMOKE = (
@@ -90,7 +100,6 @@ SMOKE = (
         flags=(*MINATAR, "--frames", "2400", "--log-every", "8", "--checkpoint-every", "160", "--prioritized", "True"),
         layouts=("dp2",),
         kills=2,
-        interval_s=0.4,
     ),
 )
 
@@ -101,6 +110,8 @@ class Config:
 
     out: Path = Path("results/kill_drill")
     """Folder of the records and of the runs."""
+    kills: int = 0
+    """Kills of each run; 0: 25, 25 and 6."""
     seed: int = 0
     """Seed of the moments and of the ranks."""
     smoke: bool = False
@@ -116,6 +127,11 @@ class Drill:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._environment = Environment.current()
         own = [r for r in _records(config.out) if r.row == case.name]
+        if other := {r.settings.get("kills") for r in own} - {case.kills}:
+            raise ValueError(
+                f"{config.out / RECORDS} holds {case.name!r} with {other.pop() or 'an unknown number of'} kills, not "
+                f"{case.kills}; choose another --out"
+            )
         self._kills = sum(r.settings["what"] == KILL for r in own)
         self.finished = any(r.settings["what"] == END for r in own)
 
@@ -152,6 +168,7 @@ class Drill:
     def _kill(self) -> dict[str, Value]:
         """Start or go on, kill, and go on until all is made good; what that took."""
         choice = random.Random(f"{self._config.seed} {self.case.name} {self._kills}")
+        due = self.case.moments(self._config.seed)[self._kills]
         earlier = _run_folder(self._folder / "killed")
         before = 0 if earlier is None else _pid(earlier)
         with self._start(self._kills) as run:
@@ -161,11 +178,11 @@ class Drill:
                 raise RuntimeError(f"the run to be killed did not begin; see {self._folder / 'killed.log'}")
             run.until(lambda: _pid(folder) != before and progress_of(folder)[0] > 0)
             recovery = self._recovered(run, folder)
-            while_writing = choice.random() < 0.25
-            if while_writing:
+            run.until(lambda: progress_of(folder)[0] >= due)
+            if choice.random() < 0.25:
                 run.until(lambda: any(CheckpointFolder(folder).root.glob(f"*{DRAFT}")))
             else:
-                deadline = time.monotonic() + choice.uniform(0, 3 * self.case.interval_s)
+                deadline = time.monotonic() + choice.uniform(0, JITTER_S)
                 run.until(lambda: time.monotonic() > deadline)
             if not run.alive:
                 raise RuntimeError(
@@ -177,7 +194,9 @@ class Drill:
         resumed_at = manifests[0].frames if manifests else 0
         return {
             "rank": rank,
+            "due": due,
             "frames": frames,
+            "fraction": frames / self.case.frames,
             "updates": updates,
             "resumed_at": resumed_at,
             "updates_repeated": updates - (manifests[0].updates if manifests else 0),
@@ -225,7 +244,12 @@ class Drill:
             row=self.case.name,
             round=self._kills,
             seed=self._config.seed,
-            settings={"what": what, "flags": " ".join(self.case.flags), "layouts": " ".join(self.case.layouts)},
+            settings={
+                "what": what,
+                "flags": " ".join(self.case.flags),
+                "layouts": " ".join(self.case.layouts),
+                "kills": self.case.kills,
+            },
             values=values,
             environment=self._environment,
         )
@@ -236,6 +260,7 @@ def main(config: Config) -> None:
     """Drill every case and write the table."""
     config.out.mkdir(parents=True, exist_ok=True)
     for case in SMOKE if config.smoke else CASES:
+        case = replace(case, kills=config.kills or case.kills)
         drill = Drill(case, config)
         if not drill.finished:
             drill.run()

@@ -13,7 +13,8 @@ import pytest
 
 from mpdqn.mesh import World
 from mpdqn.schedule import SCHEDULES, Action, ActionTable, action_table, check_virtual, lane_of_stages
-from tests.transparency import errors, run_case, run_reference, tiny_case, violations
+from tests.comparator import errors, violations
+from tests.transparency import run_case, run_reference, tiny_case
 
 SIZES = ((1, 1), (1, 5), (2, 1), (2, 4), (3, 2), (3, 7), (4, 8), (5, 3))
 """(p, m), also with m below p and m that p does not divide."""

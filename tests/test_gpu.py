@@ -15,7 +15,8 @@ from mpdqn.launch import launch
 from mpdqn.mesh import World
 from mpdqn.records import RECORDS, read_records
 from mpdqn.schedule import SCHEDULES
-from tests.transparency import Case, errors, run_case, run_reference, tiny_case, violations
+from tests.comparator import errors, violations
+from tests.transparency import Case, run_case, run_reference, tiny_case
 
 ROOT = Path(__file__).parents[1]
 

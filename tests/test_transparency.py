@@ -14,7 +14,8 @@ from mpdqn.launch import launch
 from mpdqn.mesh import World
 from mpdqn.plan import RECOMPUTATION
 from mpdqn.schedule import SCHEDULES
-from tests.transparency import Case, Trace, errors, run_case, run_reference, tiny_case, violations
+from tests.comparator import errors, violations
+from tests.transparency import Case, Trace, run_case, run_reference, tiny_case
 
 MICROBATCHES = (1, 3, 4, 8, 16)
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (1, 3), (2, 2))

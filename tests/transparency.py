@@ -1,15 +1,13 @@
-"""Every layout against the single process: what the transparency tests, the teeth and the GPU tests share.
+"""Train each layout for a few updates: what the transparency tests, the teeth and the GPU tests share.
 
-A *case* is one layout of one update rule on one network. The ranks of a worker pool run it for a few updates; each
-compares what it holds with the single process at m = 1, which it ran by itself, and rank 0 adds up: ‖a − b‖₂ / ‖b‖₂
-over the whole network, of the worst replica.
+A *case* is one layout of one update rule on one network. The ranks of a worker pool run it, and each runs the single
+process at m = 1 by itself; `tests.comparator` compares the two traces.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -43,9 +41,6 @@ FRAMES = {
     "resnet101": (4, 32, 32),
     "tiny": (2, 12, 12),
 }
-
-FLOAT64_BOUND = 1e-10
-FLOAT32_BOUND = 5e-5
 
 Tensors = dict[str, Tensor]
 
@@ -320,69 +315,3 @@ def run_case(world: World, case: Case, *, updates: int = UPDATES, alone: bool = 
 def run_reference(world: World, case: Case, *, updates: int = UPDATES) -> Trace:
     """The single process of ``case``, on every rank by itself; collective."""
     return run_case(world, case.reference(), updates=updates, alone=True)
-
-
-def errors(world: World, case: Case, trace: Trace, reference: Trace) -> dict[str, float]:
-    """The largest relative error of each quantity over updates and replicas, on rank 0; empty elsewhere. Collective."""
-    own: dict[str, list[tuple[float, float]]] = {}
-    if trace.replica >= 0:
-        own = {
-            "gradients": [_squares(a, b) for a, b in zip(trace.gradients, reference.gradients, strict=True)],
-            "change": [_squares(trace.change, reference.change)],
-            "norms": [_squares(_numbers(trace.norms), _numbers(reference.norms))],
-            "losses": [_squares(_numbers(trace.losses), _numbers(reference.losses))],
-        }
-    rows = {"td_errors": trace.td_errors, "priorities": trace.priorities}
-    ranks = [part for part in world.to_first((trace.replica, own, rows)) if part[0] >= 0]
-    if not ranks:
-        return {}
-    whole = {
-        "gradients": [_squares({}, gradients)[1] for gradients in reference.gradients],
-        "change": [_squares({}, reference.change)[1]],
-    }
-    found: dict[str, float] = {}
-    for name, sizes in whole.items():
-        for replica, (update, size) in itertools.product(range(case.data), enumerate(sizes)):
-            parts = [squares[name][update] for r, squares, _ in ranks if r == replica]
-            missing = size - sum(part[1] for part in parts)  # of layers that no rank holds
-            lost = missing if missing > 1e-9 * size else 0.0
-            error = _ratio((sum(part[0] for part in parts) + lost, size))
-            found[name] = max(found.get(name, 0.0), error)
-            if update == 0:
-                found[f"first_{name}"] = max(found.get(f"first_{name}", 0.0), error)
-    for name in ("norms", "losses"):
-        found[name] = max(_ratio(squares[name][0]) for _, squares, _ in ranks)
-    for name, wanted in (("td_errors", reference.td_errors), ("priorities", reference.priorities)):
-        joined = [torch.cat(parts) for parts in zip(*(own[name] for _, _, own in ranks if own[name]), strict=True)]
-        found[name] = max(
-            (
-                _ratio(_squares({"": a}, {"": b})) if a.shape == b.shape else float("inf")
-                for a, b in zip(joined, wanted, strict=True)
-            ),
-            default=0.0,
-        )
-    return found
-
-
-def violations(case: Case, found: dict[str, float]) -> list[str]:
-    """Which of the quantities break the bound of the case's dtype."""
-    if case.dtype == "float64":
-        bounds = dict.fromkeys(("gradients", "change", "norms", "losses", "td_errors", "priorities"), FLOAT64_BOUND)
-    else:
-        bounds = {"first_gradients": FLOAT32_BOUND}
-    return [f"{name} {found[name]:.1e} > {bound:.0e}" for name, bound in bounds.items() if not found[name] <= bound]
-
-
-def _squares(a: Tensors, b: Tensors) -> tuple[float, float]:
-    """Σ(a − b)² over the names of a, and Σb² over the same names (of all of b if a is empty)."""
-    names: Sequence[str] = list(a) or list(b)
-    difference = sum(float((a[n].double() - b[n].double()).square().sum()) for n in a)
-    return difference, sum(float(b[n].double().square().sum()) for n in names)
-
-
-def _numbers(values: list[float]) -> Tensors:
-    return {"": torch.tensor(values, dtype=torch.float64)}
-
-
-def _ratio(squares: tuple[float, float]) -> float:
-    return (squares[0] / squares[1]) ** 0.5

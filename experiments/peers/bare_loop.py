@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from ale_py.vector_env import AtariVectorEnv
 
-from experiments.peers.train_mpdqn import ACTIONS, ENVS_PER_SHARD, EPSILON, SHARDS, policy
+from experiments.peers.train_mpdqn import ACTIONS, EPSILON, TUNED_COLLECTION, policy
 
 
 def bare_loop(*, steps: int) -> Callable[[], None]:
     """``steps`` agent steps a call, a multiple of 64, of as many games as mpdqn plays, without any storage."""
-    n = SHARDS * ENVS_PER_SHARD
+    n = TUNED_COLLECTION.shards * TUNED_COLLECTION.per_shard
     games, network, random = AtariVectorEnv("pong", n, reward_clipping=False), policy(), np.random.default_rng(0)
     observation, _ = games.reset(seed=0)
 

@@ -6,6 +6,7 @@ import atexit
 import functools
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 
@@ -16,13 +17,29 @@ from mpdqn.replay import VirtualShards
 GAME = "pong"
 EPSILON = 0.01
 FRAMES, ACTIONS = (4, 84, 84), 6
-SHARDS, ENVS_PER_SHARD = 1, 64
-STEPS = 8  # of every game in a chunk
-TRAINING_ENVS = 32  # one shard of so many games: a network that acts on few frames at a time wastes its convolutions
 BUFFER_SIZE = 10_000
 
 
-def mpdqn_training(*, steps: int, warmup: int) -> Callable[[], None]:
+@dataclass(frozen=True, kw_only=True)
+class Games:
+    """How many games are played together: each of ``shards`` is one call of the network in each of ``chunk`` steps."""
+
+    shards: int
+    per_shard: int
+    chunk: int = 1
+
+    def __str__(self) -> str:
+        return f"{self.shards} × {self.per_shard} games" + f" in chunks of {self.chunk} steps" * (self.chunk > 1)
+
+
+# One shard of many games: a network that acts on few frames at a time wastes its convolutions.
+TUNED_TRAINING = Games(shards=1, per_shard=32)
+TUNED_COLLECTION = Games(shards=1, per_shard=64, chunk=8)
+SHIPPED = Games(shards=4, per_shard=2)
+"""The defaults of ``mpdqn train`` (a test compares)."""
+
+
+def mpdqn_training(*, steps: int, warmup: int, games: Games) -> Callable[[], None]:
     """``steps`` agent steps and a quarter as many updates a call, after ``warmup`` transitions in replay.
 
     DQN as published, with uniform replay and batches of 32, in one process with as many threads as it has; a
@@ -37,8 +54,9 @@ def mpdqn_training(*, steps: int, warmup: int) -> Callable[[], None]:
         layout=f"single@{torch.get_num_threads()}",
         batch_size=32,
         replay_period=4,
-        num_shards=1,
-        envs_per_shard=TRAINING_ENVS,
+        num_shards=games.shards,
+        envs_per_shard=games.per_shard,
+        round_steps=games.chunk,
         min_replay=warmup,
         capacity=BUFFER_SIZE,
         frames=10**9,
@@ -60,24 +78,28 @@ def mpdqn_training(*, steps: int, warmup: int) -> Callable[[], None]:
     return functools.partial(play, steps)
 
 
-def mpdqn_collection(*, steps: int) -> Callable[[], None]:
-    """``steps`` agent steps a call, a multiple of 512: `Actors` with the network's policy, stored in replay."""
+def mpdqn_collection(*, steps: int, games: Games) -> Callable[[], None]:
+    """``steps`` agent steps a call, a multiple of one chunk: `Actors` with the network's policy, stored in replay."""
     shards = VirtualShards(
-        observation_shape=FRAMES, num_shards=SHARDS, envs_per_shard=ENVS_PER_SHARD, capacity=BUFFER_SIZE, seed=0
+        observation_shape=FRAMES,
+        num_shards=games.shards,
+        envs_per_shard=games.per_shard,
+        capacity=BUFFER_SIZE,
+        seed=0,
     )
     actors = Actors(
         policy(),
         GAME,
         owned=shards.owned,
-        num_shards=SHARDS,
-        envs_per_shard=ENVS_PER_SHARD,
+        num_shards=games.shards,
+        envs_per_shard=games.per_shard,
         epsilon=EPSILON,
         seed=0,
-        steps=STEPS,
+        steps=games.chunk,
     )
 
     def collect() -> None:
-        for _ in range(steps // (shards.num_envs * STEPS)):
+        for _ in range(steps // (shards.num_envs * games.chunk)):
             actors.play().store(shards)
 
     return collect

@@ -47,21 +47,25 @@ class StageSeconds:
 
 
 class Sleeper:
-    """Sleeps, on average, for as long as it is asked to: what one sleep was too long, the next ones are shorter.
+    """A device's sleep, on average as long as requested: what one sleep was too long, the next ones are shorter.
 
     A sleeping process wakes up about 0.1 ms late, and on a busy machine when a core is free for it. An emulated device
     needs no core, so that is no time of its own. More than `MOST_LATE` is not made up for: what follows a longer stall
-    would seem too fast.
+    would seem too fast. ``shortened_s`` counts what was made up for, and tables print it.
     """
 
     def __init__(self) -> None:
+        self.shortened_s = 0.0
+        """Seconds by which late wake-ups have shortened later sleeps so far."""
         self._late = 0.0
 
     def sleep(self, seconds: float, since: float | None = None) -> None:
         """Sleep for ``seconds``, counted from ``since`` (`time.perf_counter`) or from now."""
-        begin = time.perf_counter() if since is None else since
-        until = begin + seconds - self._late
-        time.sleep(max(0.0, until - time.perf_counter()))
+        now = time.perf_counter()
+        due = (now if since is None else since) + seconds
+        until = due - self._late
+        self.shortened_s += max(0.0, due - max(until, now))
+        time.sleep(max(0.0, until - now))
         self._late = min(time.perf_counter() - until, MOST_LATE)
 
     def __deepcopy__(self, memo: object) -> Self:
@@ -112,9 +116,12 @@ class EmulatedStage(nn.Module):
         return y
 
 
-def emulated_network(stages: Sequence[StageSeconds]) -> nn.Sequential:
-    """A network of one layer for each of ``stages``: uint8 [b, *`FRAMES`] to [b, `WIDTH`] float."""
-    sleeper = Sleeper()
+def emulated_network(stages: Sequence[StageSeconds], sleeper: Sleeper | None = None) -> nn.Sequential:
+    """A network of one layer for each of ``stages``: uint8 [b, *`FRAMES`] to [b, `WIDTH`] float.
+
+    ``sleeper`` is the device that they and their copies run on; by default one of their own.
+    """
+    sleeper = sleeper or Sleeper()
     return nn.Sequential(*(EmulatedStage(seconds, sleeper) for seconds in stages))
 
 

@@ -19,9 +19,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mpdqn.bench.emulated import FRAMES, WIDTH, emulated_network
+from mpdqn.bench.emulated import FRAMES, MOST_LATE, WIDTH, Sleeper, emulated_network
 from mpdqn.bench.emulated_row import EmulatedRow
 from mpdqn.bench.single import random_batch
+from mpdqn.bench.tables import spread, summarize
 from mpdqn.bench.trace import chrome_trace
 from mpdqn.exchange.reduction import Reduction
 from mpdqn.launch import launch
@@ -69,8 +70,9 @@ def measure(turns: Turns) -> tuple[Record, ...]:
     """Run the rounds that the folder's records do not hold yet, and return all records.
 
     Each has ``step_s``, the mean time from update to update on the slowest rank; ``utilisation``, the share of it in
-    which the emulated devices work, by their emulated times; ``simulated_step_s`` and ``simulated_utilisation``; and
-    ``excess_s``, by how much an action took longer than it emulates, on average.
+    which the emulated devices work, by their emulated times; ``simulated_step_s`` and ``simulated_utilisation``;
+    ``excess_s``, by how much an action took longer than it emulates, on average; and ``shortened_s``, the seconds of an
+    update that late wake-ups took off later sleeps (`Sleeper`), on the rank with the most.
 
     Raises:
         ValueError: if the folder holds records of other rows, settings or seed.
@@ -96,6 +98,23 @@ def measure(turns: Turns) -> tuple[Record, ...]:
         launch(_run, turns, missing, Environment.current(), num_workers=ranks)
         kept = list(read_records(path))
     return tuple(kept)
+
+
+def shortened_note(records: Sequence[Record]) -> str:
+    """Return the table's note on how far late wake-ups have shortened the sleeps of ``records``."""
+    rule = (
+        f"a sleep that ends late shortens the device's next ones, by at most {1e3 * MOST_LATE:g} ms each (a sleeping "
+        "process needs a core to wake up, a device does not)"
+    )
+    found = [(r.values.get("shortened_s"), r.values["step_s"]) for r in records]
+    known = [(s, step) for s, step in found if isinstance(s, float) and isinstance(step, float)]
+    if len(known) < len(records):
+        return f"{rule}; these records do not hold by how much in all: update and utilisation are to be read with that"
+    milliseconds = summarize(1e3 * s for s, _ in known)
+    return (
+        f"{rule}: {spread(milliseconds, 1)} ms of an update on the device with the most, at most "
+        f"{max(s / step for s, step in known):.1%} of it"
+    )
 
 
 def _run(turns: Turns, rounds: Sequence[int], environment: Environment) -> None:
@@ -127,16 +146,21 @@ def _run(turns: Turns, rounds: Sequence[int], environment: Environment) -> None:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What a rank saw in a turn, on the clock of the host: when each update ended, and what the last ones did."""
+    """What a rank saw in a turn, on the clock of the host: when each update ended, what the last ones did, and by how
+    many seconds the sleeps of all updates that count were shortened."""
 
     ends: tuple[float, ...]
     spans: tuple[Span, ...]
+    shortened_s: float
 
 
 def _take_turn(driver: _Driver, turns: Turns) -> _Seen:
     ends, spans = [], []
+    shortened = 0.0
     count = turns.warmup + turns.updates
     for k in range(count):
+        if k == turns.warmup:
+            shortened = driver.sleeper.shortened_s
         driver.update()
         ends.append(time.perf_counter())
         if k >= count - SHOWN:
@@ -145,7 +169,7 @@ def _take_turn(driver: _Driver, turns: Turns) -> _Seen:
                 replace(s, start=origin + s.start, end=origin + s.end, step=step)
                 for s in driver.stopwatch.timeline().spans
             ]
-    return _Seen(tuple(ends), tuple(spans))
+    return _Seen(tuple(ends), tuple(spans), driver.sleeper.shortened_s - shortened)
 
 
 def _joined(ranks: Sequence[_Seen]) -> Timeline:
@@ -166,6 +190,7 @@ def _values(row: EmulatedRow, ranks: Sequence[_Seen], measured: Timeline, turns:
         "simulated_step_s": row.simulated.step_s,
         "simulated_utilisation": row.simulated.mean_utilisation,
         "excess_s": sum(span.seconds - row.times.of(action) for span, action in actions) / len(actions),
+        "shortened_s": max(rank.shortened_s for rank in ranks) / turns.updates,
         "each_step_s": [b - a for a, b in itertools.pairwise(map(max, ends))],
     }
 
@@ -176,6 +201,10 @@ class _Driver(Protocol):
     @property
     def stopwatch(self) -> Stopwatch:
         """When the last update did what."""
+
+    @property
+    def sleeper(self) -> Sleeper:
+        """The emulated device."""
 
     def update(self) -> None:
         """One update."""
@@ -194,8 +223,9 @@ class QLearning:
 
     def __init__(self, mesh: Mesh, row: EmulatedRow, seed: int) -> None:
         assert row.agent is not None
+        self.sleeper = Sleeper()
         self._learner = Learner(
-            emulated_network(row.stages),
+            emulated_network(row.stages, self.sleeper),
             mesh=mesh,
             agent=row.agent,
             batch_size=row.batch_size,
@@ -228,7 +258,8 @@ class ForwardBackward:
     def __init__(self, mesh: Mesh, row: EmulatedRow, seed: int) -> None:
         self._mesh = mesh
         micro_size = row.batch_size // row.num_microbatches
-        network = emulated_network(row.stages)
+        self.sleeper = Sleeper()
+        network = emulated_network(row.stages, self.sleeper)
         stages = build_stages(network, row.plan.partition, mesh.stages, FRAMES, micro_size, mesh.device)
         self._pipeline = Pipeline(mesh, stages, row.table, {}, row.plan.recompute)
         self._program = self._pipeline.program(row.table)

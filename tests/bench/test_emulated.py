@@ -13,11 +13,13 @@ from torch import Tensor
 from mpdqn.bench import emulated
 from mpdqn.bench.emulated import FRAMES, WIDTH, Sleeper, StageSeconds, emulated_network, emulated_times
 from mpdqn.bench.emulated_row import EmulatedRow
+from mpdqn.bench.emulated_turns import shortened_note
 from mpdqn.bench.single import random_batch
 from mpdqn.dqn.agents import double_dqn
 from mpdqn.learner import Learner, LearnerConfig
 from mpdqn.mesh import Mesh, World
 from mpdqn.plan import Partition, Plan
+from mpdqn.records import Environment, Record
 from mpdqn.schedule import Action
 
 SECONDS = StageSeconds(forward_s=1.0, backward_input_s=10.0, backward_weight_s=100.0)
@@ -197,3 +199,38 @@ def test_recomputation_runs_every_forward_again() -> None:
     assert made.work_s == 2 * 4 * (1 + 1 + 110)
     steps = {span.step for span in made.simulated_timeline(2).spans}
     assert steps == {0, 1}
+
+
+def test_what_late_wake_ups_took_off_later_sleeps_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    late = iter([0.25, 0.0, 3.0, 0.0, 0.0, 0.0])
+
+    def nap(seconds: float) -> None:
+        clock[0] += seconds + next(late)
+
+    monkeypatch.setattr(emulated, "MOST_LATE", 1.5)
+    monkeypatch.setattr(emulated.time, "sleep", nap)
+    monkeypatch.setattr(emulated.time, "perf_counter", lambda: clock[0])
+    sleeper, shortened = Sleeper(), []
+    for _ in range(6):
+        sleeper.sleep(1.0)
+        shortened.append(sleeper.shortened_s)
+    # 0.25 off the second; of three seconds 1.5 are kept: one off the fourth, which has no more, and 0.5 off the fifth.
+    assert shortened == [0.0, 0.25, 0.25, 1.25, 1.75, 1.75]
+
+
+@pytest.mark.parametrize(("shortened", "told"), [(0.002, "2.0 [2.0–2.0] ms of an update"), (None, "do not hold")])
+def test_the_note_says_by_how_much_sleeps_were_shortened(shortened: float | None, told: str) -> None:
+    record = Record(
+        experiment="",
+        row="",
+        round=0,
+        seed=0,
+        settings={},
+        values={"step_s": 0.1} | ({} if shortened is None else {"shortened_s": shortened}),
+        environment=Environment.current(),
+    )
+    note = shortened_note([record])
+    assert told in note
+    assert "at most 5 ms each" in note
+    assert ("2.0% of it" in note) == (shortened is not None)

@@ -1,7 +1,8 @@
 """The corruption drill: whatever happens to a file of a checkpoint, nothing wrong is ever loaded.
 
 Each case damages one file of the newest of two checkpoints. The run then goes on from that one, if what it holds is as
-it was; or from the one before; or ends with an error of one line that names what is wrong.
+it was; or from the one before; or ends with an error of one line that names what is wrong. What a new trainer has in
+memory after loading is compared, bit by bit, with what the run had in memory as it saved.
 """
 
 from __future__ import annotations
@@ -15,28 +16,37 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpdqn.checkpoint.files import check_file
 from mpdqn.checkpoint.folder import CheckpointFolder
 from mpdqn.checkpoint.loader import Choice
 from mpdqn.checkpoint.manifest import FORMAT, MANIFEST, DamagedCheckpoint, Manifest, WrongCheckpoint, _digest
+from mpdqn.checkpoint.saver import Saver
 from mpdqn.mesh import World
+from mpdqn.replay import VirtualShards
 from mpdqn.train import train
 from mpdqn.train.check import check
-from mpdqn.train.checkpoints import choose_checkpoint
+from mpdqn.train.checkpoints import choose_checkpoint, go_on
 from mpdqn.train.config import TrainJob
+from mpdqn.train.loop import Trainer
 from mpdqn.train.resume import recorded_config, run_id
 from mpdqn.train.run import train_in
+from mpdqn.train.state import trainer_state
 from tests.train.settings import small
 from tests.train.stopping import train_for
 
 CASES = 240
 seen: list[str] = []
+rounds: list[int] = []
+"""Of the checkpoints that were loaded, one for each case that was not refused."""
+
+Memory = dict[str, bytes]
+"""What a run has in memory, by name: each tensor, and each frame that a ring of replay holds."""
 
 
 @dataclass
@@ -49,8 +59,13 @@ class Original:
     world: World
     files: list[Path]
     """Of the newest checkpoint, relative to the run's folder: manifest, tensors, and the frames that it uses."""
+    saved: dict[int, Memory]
+    """What the run had in memory as it saved, by the round of the checkpoint."""
     final: dict[str, torch.Tensor]
     """Weights of the end."""
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(f"Original({self.folder})")  # for Hypothesis: what was saved is too much to print
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +74,17 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Original]:
     torch.set_num_threads(1)
     config = {"capacity": 500, "checkpoint_every": 280}
     whole = train(small(tmp_path_factory.mktemp("whole"), **config))
+    saved: dict[int, Memory] = {}
+    start = Saver.start
+
+    def note(self: Saver, state: dict[str, torch.Tensor], manifest: Manifest) -> None:
+        assert self._shards is not None
+        saved[manifest.round] = memory(state, self._shards)
+        start(self, state, manifest)
+
     with World.open("cpu", 60) as world:
-        folder = train_for(world, small(tmp_path_factory.mktemp("run"), **config), 90).folder
+        with patch.object(Saver, "start", note):
+            folder = train_for(world, small(tmp_path_factory.mktemp("run"), **config), 90).folder
         newest, older = CheckpointFolder(folder).manifests()
         rows = {one.file for one in newest.rows[0].files} & {one.file for one in older.rows[0].files}
         assert rows, "they share frames"
@@ -68,8 +92,31 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Original]:
         files = [checkpoint / name for name in (MANIFEST, *newest.files)]
         files += [Path("checkpoints/rows") / f"shard-{v}" / r.file for v, s in newest.rows.items() for r in s.files]
         job = check(recorded_config(folder))
-        yield Original(folder, job, run_id(folder), world, files, torch.load(whole.folder / "weights.pt"))
+        yield Original(folder, job, run_id(folder), world, files, saved, torch.load(whole.folder / "weights.pt"))
     torch.set_num_threads(threads)
+
+
+def memory(tensors: dict[str, torch.Tensor], shards: VirtualShards) -> Memory:
+    """Copy the tensors of a run and the frames that its rings hold."""
+    held = {name: tensor.detach().numpy().tobytes() for name, tensor in tensors.items()}
+    for v in shards.owned:
+        shard = shards[v]
+        for env, written in enumerate(shard.written.tolist()):
+            for position in range(max(0, written - shard.length), written):
+                frame = shard.frames[env * shard.length + position % shard.length]
+                held[f"frame {v}.{env}.{position}"] = frame.tobytes()
+    return held
+
+
+def loaded(original: Original, choice: Choice) -> Memory:
+    """Load a checkpoint into a new trainer and copy what it has in memory then."""
+    trainer = Trainer(original.world, original.job)
+    try:
+        besides = go_on(trainer, choice)
+        assert trainer.shards is not None
+        return memory(trainer_state(trainer) | besides, trainer.shards)
+    finally:
+        trainer.close()
 
 
 def copied(original: Original, to: Path) -> Path:
@@ -117,6 +164,11 @@ def zero_a_block(path: Path, choice: random.Random) -> None:
     put(path, bytes(data))
 
 
+def write_again(path: Path, choice: random.Random) -> None:
+    """No damage: the same bytes in a new file."""
+    put(path, path.read_bytes())
+
+
 def swap(path: Path, choice: random.Random) -> None:
     """With another file of the same kind, if there is one."""
     others = sorted(p for p in path.parent.parent.glob(f"*/*{path.suffix}") if p != path)
@@ -160,7 +212,7 @@ def of_another_run(body: dict[str, Any], choice: random.Random) -> None:
 
 
 DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
-    **{f.__name__: f for f in (truncate, flip, remove, rename, append, garbage, zero_a_block, swap)},
+    **{f.__name__: f for f in (truncate, flip, remove, rename, append, garbage, zero_a_block, write_again, swap)},
     "rename_the_checkpoint": rename_the_checkpoint,
     **{f.__name__: rewrite(f) for f in (from_a_later_version, of_another_network, of_another_run)},
 }
@@ -169,18 +221,12 @@ NEVER_TAKEN = {"truncate", "flip", "remove", "rename", "append", "garbage", "ren
 REFUSED = {"from_a_later_version", "of_another_network", "of_another_run"}
 
 
-def assert_as_it_was(choice: Choice, original: Original, folder: Path) -> None:
-    """Every byte that would be loaded is one that was saved."""
-    pristine = Manifest.read(CheckpointFolder(original.folder).folder(choice.manifest.round))
-    assert choice.manifest == pristine
-    for name, entry in pristine.files.items():
-        saved = CheckpointFolder(original.folder).folder(pristine.round) / name
-        assert (choice.folder / name).read_bytes() == saved.read_bytes()
-        check_file(saved, entry)
-    for v, shard in pristine.rows.items():
-        for one in shard.files:
-            saved = CheckpointFolder(original.folder).shard_folder(v) / one.file
-            assert (choice.rows[v] / one.file).read_bytes() == saved.read_bytes()
+def assert_as_it_was(choice: Choice, original: Original) -> None:
+    """Load the checkpoint: it must leave in memory what the run had there, every bit."""
+    assert choice.manifest == Manifest.read(CheckpointFolder(original.folder).folder(choice.manifest.round))
+    saved, found = original.saved[choice.manifest.round], loaded(original, choice)
+    assert found.keys() == saved.keys()
+    assert [name for name in saved if found[name] != saved[name]] == []
 
 
 @settings(max_examples=CASES, derandomize=True, database=None, deadline=None)
@@ -206,9 +252,11 @@ def drill(original: Original, scratch: Path, damage: str, which: int, seed: int)
         assert isinstance(refusal, WrongCheckpoint) == (damage in REFUSED), refusal
     else:
         assert choice is not None
-        assert_as_it_was(choice, original, folder)
+        assert_as_it_was(choice, original)
+        rounds.append(choice.manifest.round)
         newest = int(original.files[0].parts[1])
         assert damage not in REFUSED
+        assert choice.manifest.round == newest or damage != "write_again"
         assert choice.manifest.round < newest or damage not in NEVER_TAKEN
         assert bool(choice.damaged) == (choice.manifest.round < newest)
     shutil.rmtree(folder)
@@ -217,6 +265,8 @@ def drill(original: Original, scratch: Path, damage: str, which: int, seed: int)
 def test_nothing_wrong_is_ever_loaded(original: Original, tmp_path: Path) -> None:
     drill(original, tmp_path)
     assert len(seen) >= 200
+    assert len(rounds) >= 120
+    assert sorted(set(rounds)) == sorted(original.saved)[-2:], "the newest was loaded, and the one before"
     assert len({case.split()[0] for case in seen}) == len(DAMAGES)
     assert {
         f"{damage} {suffix}" for damage in ("truncate", "flip", "remove") for suffix in (".json", ".bin", ".rows")

@@ -71,19 +71,23 @@ def test_kill_drill(tmp_path: Path) -> None:
     records = list(read_records(tmp_path / RECORDS))
     assert [record.settings["what"] for record in records] == ["kill", "kill", "end"]
     assert records[-1].values["verdict"] == "identical"
+    first, second = (record.values["fraction"] for record in records[:2])
+    assert 0 < first < 0.475 <= second < 1, "one kill in each half"  # type: ignore[operator]
     assert run("kill_drill", "--out", str(tmp_path)) == table
 
 
 @pytest.mark.timeout(600)
 def test_training_speed(tmp_path: Path) -> None:
     """Every peer that is installed trains; the others are named in the notes."""
-    table = run("training_speed", "--out", str(tmp_path), timeout=560)  # nine processes, one after the other
+    table = run("training_speed", "--out", str(tmp_path), timeout=560)  # eleven processes, one after the other
     assert (tmp_path / "table.md").read_text() in table
     records = list(read_records(tmp_path / RECORDS))
     measured = {(record.settings["workload"], record.settings["contender"]) for record in records}
     assert {
         ("training", "mpdqn"),
+        ("training", "mpdqn, defaults"),
         ("collection with a policy", "mpdqn"),
+        ("collection with a policy", "mpdqn, defaults"),
         ("collection with a policy", "bare loop"),
     } <= (measured)
     for name in ("TorchRL dqn_atari", "SB3 DQN", "CleanRL dqn_atari", "SB3 DQN, tuned", "CleanRL dqn_atari, tuned"):
