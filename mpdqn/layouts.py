@@ -5,6 +5,8 @@ single@all/m8     all cores, 8 micro-batches              pp2-1f1b/m8      p = 2
 dp2xpp2-gpipe/m8  d = 2 × p = 2                           pp2-1f1b+stacked both stages in one process
 pp2-zbv           the schedule's usual v = 2 stages a rank  pp2-looped_bfs+v3  v = 3 stages a rank
 2*single@1/m8     two independent processes, a yardstick for p = 2 or d = 2 without any messages
+
+Without /m a pipeline has `MICROBATCHES` micro-batches and every other layout 1, in every command.
 """
 
 from __future__ import annotations
@@ -16,6 +18,9 @@ from typing import Self
 from mpdqn.plan import Parallelism, Partition, Plan
 from mpdqn.schedule import SCHEDULES, check_virtual, lane_of_stages
 from mpdqn.schedule.schedules import find_schedule
+
+MICROBATCHES = 8
+"""m of a pipeline whose text gives none."""
 
 _FORM = re.compile(
     r"(?:(?P<copies>\d+)\*)?(?:single|dp(?P<data>\d+)(?:xpp(?P<both>\d+))?|pp(?P<pipeline>\d+))"
@@ -43,12 +48,11 @@ class Layout:
     stacked: bool = False
 
     @classmethod
-    def parse(cls, text: str, *, num_microbatches: int, cores: int) -> Self:
+    def parse(cls, text: str, *, cores: int) -> Self:
         """The layout that ``text`` means.
 
         Args:
             text: see the head of this file.
-            num_microbatches: m of pipelines for which the text gives none; other layouts then have 1.
             cores: cores of this machine; a rank has an equal share of them unless the text says otherwise.
 
         Raises:
@@ -69,7 +73,7 @@ class Layout:
         layout = cls(
             data=int(match["data"] or 1),
             pipeline=int(pipeline or 1),
-            num_microbatches=int(given.get("/m") or (num_microbatches if pipeline else 1)),
+            num_microbatches=int(given.get("/m") or (MICROBATCHES if pipeline else 1)),
             schedule=schedule,
             virtual=int(given.get("+v", usual)),
             copies=int(match["copies"] or 1),
@@ -167,6 +171,6 @@ def default_layouts(
         alone, paired = ("+stacked" if 0 < devices < ranks else "" for ranks in (n, 2 * both))
         texts += [f"dp{replicas[-1]}", f"pp{n}-gpipe{alone}{m}", f"pp{n}-1f1b{alone}{m}"]
         texts += [f"pp{n}-td1f1b{alone}{m}", f"dp{both}xpp2-1f1b{paired}{m}"]
-    layouts = [Layout.parse(text, num_microbatches=num_microbatches, cores=cores) for text in texts]
+    layouts = [Layout.parse(text, cores=cores) for text in texts]
     limit = world_size if world_size is not None else max(layout.ranks for layout in layouts)
     return list(dict.fromkeys(layout for layout in layouts if layout.ranks <= limit))

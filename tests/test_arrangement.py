@@ -49,7 +49,7 @@ def arranged(
     agent: str = "double_dqn",
 ) -> Arrangement:
     """Of ``text``, whose micro-batches have two rows, on one layer for each stage unless another is ``measured``."""
-    layout = Layout.parse(text, num_microbatches=4, cores=4)
+    layout = Layout.parse(text, cores=4)
     return Arrangement.of(
         layout,
         measured or profile(layout.parallelism.num_stages),
@@ -127,7 +127,7 @@ def test_stages_in_one_process_and_single_ones_never_wait(schedule: str) -> None
 def test_without_lookahead_nothing_runs_ahead(text: str) -> None:
     now, early = arranged(text, lookahead=0).table, arranged(text).table
     assert (now.ahead, set(now.passes)) == ("", {"T", "D"})
-    filled = SCHEDULES[Layout.parse(text, num_microbatches=4, cores=4).schedule].filled
+    filled = SCHEDULES[Layout.parse(text, cores=4).schedule].filled
     assert early.ahead == "T" * filled, "the online network of the next update is not known yet, so D never runs ahead"
 
 
@@ -146,7 +146,7 @@ def test_times_and_sizes_are_in_proportion_to_the_micro_batch(rows: int) -> None
 
 
 def test_a_simulated_timeline_is_of_the_first_replica() -> None:
-    timeline = arranged("dp2xpp2-1f1b").simulated(2, update_s=0.5)
+    timeline = arranged("dp2xpp2-1f1b/m4").simulated(2, update_s=0.5)
     assert {span.rank for span in timeline.spans} == {0, 1}
     assert {span.step for span in timeline.spans} == {0, 1}
     assert timeline.busy(0, "optimizer") == pytest.approx(2 * 0.5)

@@ -256,9 +256,9 @@ def test_names_of_layouts_are_told_apart() -> None:
     ``pp2-gpipe`` of m = 1 was read back as m = 8; ``2*pp2+stacked`` died in the workers."""
     for text in ("dp2-1f1b", "single-gpipe@1", "2*pp2+stacked"):
         with pytest.raises(ValueError, match=r"one stage has no schedule|only single processes"):
-            Layout.parse(text, num_microbatches=8, cores=2)
-    one = Layout.parse("pp2/m1", num_microbatches=8, cores=2)
-    assert Layout.parse(one.name, num_microbatches=8, cores=2) == one
+            Layout.parse(text, cores=2)
+    one = Layout.parse("pp2/m1", cores=2)
+    assert Layout.parse(one.name, cores=2) == one
 
 
 def test_smoke_keeps_what_was_asked_for() -> None:

@@ -76,7 +76,19 @@ MPDQN_TRAIN = [sys.executable, "-m", "mpdqn", "train", "--env", "minatar-breakou
 @pytest.mark.timeout(600)
 def test_the_main_job_on_the_gpu(tmp_path: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "mpdqn", "compare", "--smoke", "--device", "cuda", "--out", str(tmp_path)],
+        [
+            sys.executable,
+            "-m",
+            "mpdqn",
+            "compare",
+            "--smoke",
+            "--device",
+            "cuda",
+            "--compile",
+            "off",
+            "--out",
+            str(tmp_path),
+        ],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -94,6 +106,23 @@ def test_the_main_job_on_the_gpu(tmp_path: Path) -> None:
     }
     assert all(record.values["gradient_error"] < 5e-5 for record in records)  # type: ignore[operator]
     assert torch.cuda.get_device_name() in (folder / "table.md").read_text()
+
+
+@pytest.mark.timeout(600)
+def test_layouts_are_timed_as_train_would_run_them_and_checked_in_float32(tmp_path: Path) -> None:
+    flags = ["--precision", "bf16", "--compile", "on", "--rounds", "1", "--layouts", "single@1", "pp2-1f1b+stacked/m2"]
+    done = subprocess.run(
+        [sys.executable, "-m", "mpdqn", "compare", "--smoke", "--device", "cuda", "--out", str(tmp_path), *flags],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    (folder,) = tmp_path.iterdir()
+    records = list(read_records(folder / RECORDS))
+    assert {record.settings["precision"] for record in records} == {"bf16, compiled"}
+    assert all(record.values["gradient_error"] < 5e-5 for record in records)  # type: ignore[operator]
 
 
 @pytest.mark.timeout(600)

@@ -12,8 +12,8 @@ from mpdqn.plan import Partition
 from mpdqn.schedule import SCHEDULES
 
 
-def parse(text: str, cores: int = 2, m: int = 8) -> Layout:
-    return Layout.parse(text, num_microbatches=m, cores=cores)
+def parse(text: str, cores: int = 2) -> Layout:
+    return Layout.parse(text, cores=cores)
 
 
 @pytest.mark.parametrize(
@@ -105,15 +105,15 @@ def test_the_name_of_a_layout_means_that_layout(
         with pytest.raises(ValueError, match=re.escape(repr(text))):
             parse(text, cores)
         return
-    layout = parse(text, cores, m=4)
+    layout = parse(text, cores)
     assert (layout.copies, layout.data, layout.pipeline, layout.stacked) == (copies, d, p, stacked)
-    assert layout.num_microbatches == (m or (4 if p > 1 else 1))
+    assert layout.num_microbatches == (m or (8 if p > 1 else 1))
     assert layout.virtual == (virtual or kind.virtual)
     assert layout.parallelism.num_stages == p * layout.virtual
     assert layout.ranks == copies * d * (1 if stacked else p)
     share = max(1, cores // layout.ranks)
     assert layout.threads == (share if threads is None else cores if threads == "all" else threads)
-    assert parse(layout.name, cores, m=5) == layout
+    assert parse(layout.name, cores) == layout
 
 
 @pytest.mark.parametrize(

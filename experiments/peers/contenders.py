@@ -71,7 +71,7 @@ def contenders(task: Task, cores: int) -> dict[str, Contender]:
             f"torchgpipe{suffix}": alone(make=chunks, num_microbatches=m, package="torchgpipe"),
         }
     for name in LAYOUTS:
-        layout = Layout.parse(name, num_microbatches=m, cores=cores)
+        layout = Layout.parse(name, cores=cores)
         found[f"mpdqn {name}"] = Contender(
             make=functools.partial(mpdqn_layout, name, task),
             ranks=layout.ranks,

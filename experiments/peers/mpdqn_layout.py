@@ -22,7 +22,7 @@ def mpdqn_layout(name: str, task: Task) -> Step:
     """
     keep_freed_memory()
     world, agent, network = World.open(), dqn(), task.make_network()
-    layout = Layout.parse(name, num_microbatches=task.num_microbatches, cores=world.size)
+    layout = Layout.parse(name, cores=world.size)
     cuts = [task.cut] if layout.pipeline == 2 else []
     (plan,) = layout.plans(Partition(boundaries=(0, *cuts, len(network))))
     mesh = Mesh(world, plan, agent.letters)

@@ -109,8 +109,8 @@ def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
         "over the fastest single process of the same round" if best_single(rows) else "no single process was measured"
     )
     return (
-        f"{heading(rows)} ({_each(rows, 'backend')}, {_each(rows, 'memory_format')}), agent {_each(rows, 'agent')}, "
-        f"lookahead {_each(rows, 'lookahead')}, recompute {_each(rows, 'recompute')}; "
+        f"{heading(rows)} ({_each(rows, 'backend')}, {_each(rows, 'memory_format')}{_precision(rows)}), "
+        f"agent {_each(rows, 'agent')}, lookahead {_each(rows, 'lookahead')}, recompute {_each(rows, 'recompute')}; "
         + (", ".join(sorted(cuts)) or "not cut into stages"),
         f"{hardware(rows)}; {', '.join(versions)}; commit {_joined(e.commit for e in environments) or 'unknown'}; "
         f"command: {_joined(e.command for e in environments)}",
@@ -121,16 +121,26 @@ def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
         "the same for equal stages and free messages; sent per step and peak memory of rank 0 / rank 1, or of all "
         "(lowest–highest)",
         *(_late_note(row) for row in rows if any(row.known("late_pass_s"))),
-        "grad. error: ‖a − b‖₂ / ‖b‖₂ against the single process on the same batch"
+        "grad. error: ‖a − b‖₂ / ‖b‖₂ in float32 against the single process on the same batch"
         + (f"; the TD errors differ likewise by at most {_error(td_errors)}" if td_errors else ""),
         *(f"{mark} {text}" for mark, text in _LEGEND.items() if mark in used),
     )
 
 
+def _precision(rows: Sequence[Row]) -> str:
+    """Precision and compilation, with the rows of each where they differ; empty for records that do not say."""
+    layouts: dict[str, list[str]] = {}
+    for row in rows:
+        layouts.setdefault(str(row.setting("precision", "")), []).append(row.name)
+    if len(layouts) == 1:
+        return "".join(f", {precision}" for precision in layouts if precision)
+    return "".join(f"; {precision or 'unknown'}: {', '.join(names)}" for precision, names in layouts.items())
+
+
 def _late_note(row: Row) -> str:
     """What a target refresh costs where passes run ahead: seen at the first update, when nothing had been announced."""
     late, step = (statistics.median(row.known(key)) for key in ("late_pass_s", "step_s"))
-    period = LearnerConfig().target_period
+    period = int(str(row.setting("target_period", LearnerConfig().target_period)))
     return (
         f"{row.name}: passes that could not run ahead took {1e3 * late:.0f} ms in the first update; after each target "
         f"refresh, one in {period} updates, that would be {late / (late + step * period):.1e} of the time"

@@ -33,7 +33,13 @@ class RankMeasurement:
 
     @classmethod
     def of(
-        cls, rank: int, timelines: Sequence[Timeline], seconds: float, bytes_sent: int, peak_memory_bytes: int
+        cls,
+        rank: int,
+        timelines: Sequence[Timeline],
+        seconds: float,
+        bytes_sent: int,
+        peak_memory_bytes: int,
+        late_pass_s: float = 0.0,
     ) -> RankMeasurement:
         """The measurement of ``rank`` from the timeline of each step and the ``seconds`` that all took."""
         work = {span.kind for timeline in timelines for span in timeline.spans} - set(NO_WORK)
@@ -44,6 +50,7 @@ class RankMeasurement:
             optimizer_s=fmean(t.busy(rank, "optimizer") for t in timelines),
             bytes_sent=bytes_sent // len(timelines),
             peak_memory_bytes=peak_memory_bytes,
+            late_pass_s=late_pass_s,
         )
 
 

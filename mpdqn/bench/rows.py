@@ -20,8 +20,13 @@ class Row:
     name: str
     rounds: Mapping[int, Record]
 
-    def setting(self, key: str) -> Value:
-        """The setting ``key``, the same in every round; ValueError if it is missing."""
+    def setting(self, key: str, otherwise: Value = None) -> Value:
+        """The setting ``key``, the same in every round.
+
+        ``otherwise`` stands for it in records of versions that did not write it; ValueError if that is None.
+        """
+        if otherwise is not None and key not in next(iter(self.rounds.values())).settings:
+            return otherwise
         return _read(next(iter(self.rounds.values())), "settings", key)
 
     def count(self, key: str) -> int:

@@ -1,8 +1,8 @@
 """`run_trials`: the part of a comparison that runs on every rank, alike.
 
 rank 0   collect ─ choose memory format ─ profile ─┐
-all ranks                       shards, profile ───┴─ for each round: A B C A B C …
-                                                      (build, warm up and check, time, take down)
+all ranks             shards, profile, precision ──┴─ for each round: A B C A B C …
+                                                      (check in the first round; build, warm up, time, take down)
 """
 
 from __future__ import annotations
@@ -11,42 +11,40 @@ import contextlib
 import json
 import math
 import re
-import time
-from dataclasses import asdict, replace
+from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import nn
 
 from mpdqn.actors import collect
 from mpdqn.allocator import keep_freed_memory
 from mpdqn.arrangement import Arrangement, NothingFits
 from mpdqn.bench.config import Job
 from mpdqn.bench.costs import cost_table
+from mpdqn.bench.gradient_check import Probe, errors, probe_config
 from mpdqn.bench.measure import RankMeasurement, combine
 from mpdqn.bench.trace import chrome_trace
-from mpdqn.cores import memory_per_rank, peak_memory, pin, reset_peak_memory
-from mpdqn.dqn.acting import ActionValues
-from mpdqn.dqn.agents import make_agent
-from mpdqn.dqn.batch import Batch
-from mpdqn.environments import FRAMES_PER_ACTION
+from mpdqn.bench.turn import Turn
+from mpdqn.cores import memory_per_rank, pin, reset_peak_memory
 from mpdqn.layouts import Layout
-from mpdqn.learner import Learner, LearnerConfig, LearnStep, gather_by_name
+from mpdqn.learner import Learner
 from mpdqn.mesh import Mesh, World, launched_local_world_size
 from mpdqn.networks import MemoryFormat, choose_memory_format, set_memory_format
 from mpdqn.partition import profile
+from mpdqn.pipeline.acceleration import Acceleration
 from mpdqn.plan import Profile
 from mpdqn.progress_bar import ProgressBar
 from mpdqn.records import RECORDS, TABLES, TRACES, Record, Value, append_records, read_records
 from mpdqn.replay import VirtualShards
 from mpdqn.timeline import LATE, Timeline
+from mpdqn.workload.acceleration import agree_on_acceleration
 
 PROFILE_REPEATS = 9
-
-PROBE = LearnerConfig(max_grad_norm=float("inf"), learning_rate=1e-12)
 
 
 def run_trials(job: Job) -> tuple[Path, tuple[Record, ...]]:
@@ -89,21 +87,25 @@ def _new_folder(job: Job) -> Path:
 
 
 class Trials:
-    """The trials of one comparison, as one rank sees them."""
+    """The trials of one comparison, as one rank sees them.
+
+    Attributes:
+        shards: replay, the same on every rank, once `prepare` has filled it.
+    """
 
     def __init__(self, world: World, job: Job) -> None:
         self._world, self._job, self._config = world, job, job.config
-        self._agent = make_agent(self._config.agent)
+        self._agent = job.workload.agent
         # A step runs each layer forward once with a graph and once more for every no-gradient pass.
         self._forward_passes = 1 + len(self._agent.passes)
         self._first = world.rank == 0
         self._num_cores = len(job.cores)
-        self._announced: dict[tuple[Layout, int], Batch] = {}
 
     def prepare(self) -> None:
         """Collect transitions, measure the layers and arrange every layout."""
-        self._shards = self._collect()
+        self.shards = self._collect()
         self._profile = self._measure_layers()
+        self._accelerations = self._find_accelerations()
         self._arranged = {layout: self._arrange(layout) for layout in self._job.layouts}
 
     def run(self, folder: Path) -> None:
@@ -123,12 +125,12 @@ class Trials:
             for layout, arranged in self._arranged.items():
                 (folder / TABLES / f"{_file_name(layout)}.csv").write_text(arranged.table.to_csv())
         reference = self._reference()
-        errors: dict[Layout, dict[str, Value]] = {}
+        exactness: dict[Layout, dict[str, Value]] = {}
         turns = [(r, layout) for r in range(self._config.rounds) for layout in self._job.layouts]
         for r, layout in ProgressBar(turns, desc="trials", unit="trial", disable=not self._first):
             self._world.activity.set(f"preparing {layout.name}")
             if r == 0:
-                errors[layout] = self._check(layout, reference)
+                exactness[layout] = self._check(layout, reference)
             self._world.activity.set(f"measuring {layout.name}")
             ranks = self._trial(layout)
             if self._first:
@@ -139,7 +141,7 @@ class Trials:
                     round=r,
                     seed=self._config.seed,
                     settings=self._settings(layout),
-                    values={**values, **errors[layout]},
+                    values={**values, **exactness[layout]},
                     environment=self._job.environment,
                 )
                 append_records(folder / RECORDS, [record])
@@ -148,25 +150,18 @@ class Trials:
 
     def _collect(self) -> VirtualShards:
         """Real transitions in every shard: rank 0 plays, the others get whole shards."""
-        config = self._config
-        shards = VirtualShards(
-            observation_shape=self._job.spec.observation_shape,
-            num_shards=config.num_shards,
-            capacity=config.transitions,
-            envs_per_shard=config.envs_per_shard,
-            seed=config.seed,
-            stack=self._job.spec.observation_shape[0],
-        )
+        config, shards = self._config, self._job.workload.make_shards()
         pin(list(self._job.cores), self._num_cores, 0)
         if self._first:
             network = self._job.make_network().to(self._world.device)
             stats = collect(
-                ActionValues(network, self._agent),
+                network,
                 config.env,
                 shards,
                 num_transitions=config.transitions,
                 epsilon=config.epsilon,
                 seed=config.seed,
+                greedy=self._agent.greedy,
                 progress=True,
                 device=self._world.device,
             )
@@ -191,8 +186,8 @@ class Trials:
             threads = min((layout.threads for layout in pipelines), default=self._num_cores)
             pin(list(self._job.cores), threads, 0)
             network = self._job.make_network().to(self._world.device)
-            frames = self._shards.sample(self._config.batch_size, 0).obs.to(self._world.device)
-            part = frames[: max(1, len(frames) // self._config.num_microbatches)]
+            frames = self.shards.sample(self._config.batch_size, 0).obs.to(self._world.device)
+            part = frames[: max(1, len(frames) // self._job.num_microbatches)]
             set_memory_format(network, choose_memory_format(network, part, repeats=PROFILE_REPEATS))
             text = profile(
                 network, part, name=self._job.network_name, repeats=PROFILE_REPEATS, accumulate=len(part) < len(frames)
@@ -217,72 +212,46 @@ class Trials:
             memory_bytes=self._memory_limit(layout) if memory_bytes is None else memory_bytes,
         )
 
-    def _reference(self) -> tuple[dict[str, Tensor], Tensor] | None:
-        """Gradients and TD errors of the single process on the first batch, on rank 0."""
-        layout = Layout(threads=self._num_cores)
-        learner = self._build(layout, probe=True)
-        if learner is None:
-            return None
-        td_errors, gradients = self._probe(learner, layout)
-        assert td_errors is not None
-        return gradients, td_errors.cpu()
+    def _find_accelerations(self) -> dict[Layout, Acceleration]:
+        """Precision and compilation of each layout, as `mpdqn train` would choose them; measured once for each size."""
+        network, found = self._make_network(), dict[int, Acceleration]()
+        chosen = {}
+        for layout in self._job.layouts:
+            frames = self._job.workload.micro_batch_frames(layout)
+            if len(frames) not in found:
+                found[len(frames)] = agree_on_acceleration(
+                    self._world, network, frames, precision=self._config.precision, compile=self._config.compile
+                )
+            chosen[layout] = found[len(frames)]
+        return chosen
 
-    def _probe(self, learner: Learner, layout: Layout) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """TD errors and gradients of the second update, which has target values that ran ahead, if any do."""
-        # TF32 rounds to 10 bits, differently for every shape: the layouts could not be told from wrong ones.
-        with torch.backends.cudnn.flags(allow_tf32=False):
-            td_errors = [self._learn(learner, layout, update).td_errors for update in (0, 1)][-1]
-        gradients = {name: p.grad for name, p in learner.named_parameters() if p.grad is not None}
-        return td_errors, gather_by_name(learner, gradients)
+    def _reference(self) -> Probe | None:
+        """Gradients and TD errors of the single process, on rank 0."""
+        with self._build(Layout(threads=self._num_cores), probe=True) as turn:
+            return None if turn is None else Probe.of(turn)
 
-    def _check(self, layout: Layout, reference: tuple[dict[str, Tensor], Tensor] | None) -> dict[str, Value]:
+    def _check(self, layout: Layout, reference: Probe | None) -> dict[str, Value]:
         """On rank 0: how far gradients and TD errors are from those of the single process on the same batches."""
-        learner = self._build(layout, probe=True)
-        td_errors: Tensor | None = None
-        gradients: dict[str, Tensor] = {}
-        if learner is not None:
-            td_errors, gradients = self._probe(learner, layout)
-        parts = self._world.to_first(None if td_errors is None else td_errors.cpu())
-        if reference is None:
-            return {}
-        first_copy = [part for part in parts[: layout.ranks // layout.copies] if part is not None]
-        return {
-            "gradient_error": _relative_error(gradients, reference[0]),
-            "td_error_error": _relative_error({"": torch.cat(first_copy)}, {"": reference[1]}),
-        }
+        with self._build(layout, probe=True) as turn:
+            probe = None if turn is None else Probe.of(turn)
+        return errors(self._world, layout, probe, reference)
 
     def _trial(self, layout: Layout) -> list[RankMeasurement]:
         """One turn of ``layout``: build, warm up, time, take down. On rank 0 what every rank measured."""
         reset_peak_memory(self._world.device)
-        learner = self._build(layout)
-        late_s = 0.0
-        if learner is not None:
-            self._learn(learner, layout, 0)  # nothing was announced before it: its target passes run late
-            late_s = learner.timeline().busy(self._world.rank, LATE)
-        self._world.barrier()
-        measured = replace(self._time(learner, layout), late_pass_s=late_s) if learner is not None else None
+        with self._build(layout) as turn:
+            late_s = 0.0
+            if turn is not None:
+                turn.learn(0)  # nothing was announced before it: its target passes run late
+                late_s = turn.learner.timeline().busy(self._world.rank, LATE)
+            self._world.barrier()
+            measured = turn.measure(self._config.steps, late_s) if turn is not None else None
         return [rank for rank in self._world.to_first(measured) if rank is not None]
-
-    def _time(self, learner: Learner, layout: Layout) -> RankMeasurement:
-        timelines, sent = [], 0
-        _synchronize(self._world.device)
-        begin = time.perf_counter()
-        for i in range(self._config.steps):
-            sent += self._learn(learner, layout, 1 + i).bytes_sent
-            timelines.append(learner.timeline())
-        _synchronize(self._world.device)
-        seconds = time.perf_counter() - begin
-        return RankMeasurement.of(self._world.rank, timelines, seconds, sent, peak_memory(self._world.device))
 
     def _trace(self, layout: Layout, folder: Path) -> None:
         """Two more updates of ``layout``, on rank 0 written with what the simulator expected of them."""
-        learner = self._build(layout)
-        measured: list[Timeline] = []
-        if learner is not None:
-            for update in range(3):
-                _synchronize(self._world.device)  # the clocks of host and device meet where the device is idle
-                self._learn(learner, layout, update)
-                measured.append(learner.timeline().moved(learner.stopwatch.origin, update))
+        with self._build(layout) as turn:
+            measured = [] if turn is None else turn.trace(3)
         parts = [timeline for rank in self._world.to_first(measured) for timeline in rank[1:]]
         if self._first:
             whole = Timeline.joined(parts)
@@ -293,57 +262,50 @@ class Trials:
                 chrome_trace({"measured": whole, "simulated": simulated})
             )
 
-    def _learn(self, learner: Learner, layout: Layout, update: int) -> LearnStep:
-        """One update on this replica's part of batch ``update``; its TD errors go back to the shards."""
-        if not learner.owns_shards:
-            return learner.learn(None)
-        share = self._config.num_shards // layout.data
-        owned = range(learner.mesh.replica * share, (learner.mesh.replica + 1) * share)
-        batch = self._announced.pop((layout, update), None)
-        if batch is None:
-            batch = self._shards.sample(self._config.batch_size, update, owned)
-        upcoming = None
-        if self._config.lookahead:
-            upcoming = self._shards.sample(self._config.batch_size, update + 1, owned)
-            self._announced = {(layout, update + 1): upcoming}
-        step = learner.learn(batch, upcoming)
-        assert step.td_errors is not None
-        self._shards.return_td_errors(batch.index, step.td_errors.cpu(), owned)
-        return step
+    def _make_network(self, stream: int = 0) -> nn.Sequential:
+        """The network in the memory format that was chosen for all rows."""
+        network = self._job.make_network(stream)
+        set_memory_format(network, cast(MemoryFormat, self._profile.memory_format))
+        return network
 
-    def _build(self, layout: Layout, *, probe: bool = False) -> Learner | None:
-        """This rank's learner in ``layout``, pinned to its share of the cores; None without a part.
+    @contextlib.contextmanager
+    def _build(self, layout: Layout, *, probe: bool = False) -> Iterator[Turn | None]:
+        """This rank's part in ``layout``, pinned to its share of the cores, as a context; None without a part.
 
-        A ``probe`` is made to show differences: its target network has other weights than the online one, so that the
-        passes cannot stand in for one another; its gradients are not clipped, so that their scale shows; and its
-        weights hardly move, so that a second update shows rounding as the first does.
+        A ``probe`` is made to show differences: in plain float32 (see `mpdqn.bench.gradient_check`), and its target
+        network has other weights than the online one, so that the passes cannot stand in for one another.
         """
         # The reference need not be a row, and no limit is meant for it then.
         arranged = self._arranged.get(layout) or self._arrange(layout, math.inf)
-        self._announced = {}
         meshes = [Mesh(self._world, plan, self._agent.letters) for plan in arranged.plans]
         mesh = next((mesh for mesh in meshes if mesh.member), None)
         if mesh is None:
-            return None
+            yield None
+            return
         pin(list(self._job.cores), layout.threads, self._world.rank)
-        network = self._job.make_network()
-        set_memory_format(network, cast(MemoryFormat, self._profile.memory_format))
+        acceleration = Acceleration() if probe else self._accelerations[layout]
+        if self._world.device.type == "cuda":
+            acceleration.set_products()
+        if acceleration.compiled:  # else all turns of all rows would share torch's limit on compiled variants
+            torch.compiler.reset()
+        config = self._job.workload.learner_config(lookahead=self._config.lookahead)
         learner = Learner(
-            network,
+            self._make_network(),
             mesh=mesh,
             agent=self._agent,
             batch_size=self._config.batch_size,
             observation_shape=self._job.spec.observation_shape,
-            config=replace(
-                PROBE if probe else LearnerConfig(), lookahead=self._config.lookahead, seed=self._config.seed
-            ),
+            config=probe_config(config) if probe else config,
             table=arranged.table,
+            acceleration=acceleration,
         )
         if probe:
             weights = self._job.make_network(stream=1).state_dict()
             for stage in learner.stages:
                 stage.target.load_state_dict({name: weights[name] for name in stage.target.state_dict()})
-        return learner
+        share = self._config.num_shards // layout.data
+        with Turn(learner, self.shards, range(mesh.replica * share, (mesh.replica + 1) * share)) as turn:
+            yield turn
 
     def _settings(self, layout: Layout) -> dict[str, Value]:
         config, devices = self._config, torch.cuda.device_count() if self._config.device == "cuda" else 0
@@ -368,28 +330,16 @@ class Trials:
             "device": config.device,
             "backend": dist.get_backend(),
             "memory_format": self._profile.memory_format,
-            "tf32": config.device == "cuda" and torch.backends.cudnn.allow_tf32,
+            "precision": str(self._accelerations[layout]),
             "boundaries": "-".join(map(str, plan.partition.boundaries)),
             "virtual": layout.virtual,
             "lookahead": config.lookahead,
             "recompute": "-".join(plan.recompute if len(set(plan.recompute)) > 1 else plan.recompute[:1]),
             "steps": config.steps,
-            "frames_per_transition": FRAMES_PER_ACTION,
+            "target_period": self._job.workload.settings.target_period,
+            "frames_per_transition": self._job.spec.frames_per_action,
         }
-
-
-def _relative_error(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """‖a − b‖₂ / ‖b‖₂ over all tensors together, in float64."""
-    if a.keys() != b.keys():
-        return float("inf")
-    difference = sum(float((a[name].double() - b[name].double()).square().sum()) for name in b)
-    return float((difference / sum(float(t.double().square().sum()) for t in b.values())) ** 0.5)
 
 
 def _file_name(layout: Layout) -> str:
     return re.sub(r"[^\w.+-]+", "_", layout.name)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

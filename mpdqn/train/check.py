@@ -17,16 +17,27 @@ from mpdqn.dqn.published import Published, brought_to, published
 from mpdqn.environments import EnvironmentSpec, environment_spec
 from mpdqn.layouts import Layout
 from mpdqn.logs import check_logs
-from mpdqn.mesh import check_device, launched, launched_local_world_size, launched_world_size
-from mpdqn.plan import RECOMPUTATION
+from mpdqn.mesh import launched, launched_local_world_size, launched_world_size
 from mpdqn.records import Environment
 from mpdqn.replay.rows import FRAMES, full
 from mpdqn.replay.shard import ring_shape
-from mpdqn.schedule import SCHEDULES
 from mpdqn.train.config import TrainConfig, TrainJob
 from mpdqn.train.resume import check_resume, recorded_config
+from mpdqn.workload import Workload
+from mpdqn.workload.checks import (
+    check_actions,
+    check_arithmetic,
+    check_at_least,
+    check_binary,
+    check_choice,
+    check_division,
+    check_gpu_sharing,
+    check_stages,
+    check_update,
+    check_writable,
+    warn_of_gaps,
+)
 
-PRECISIONS, KERNELS = ("float32", "tf32", "bf16", "auto"), ("auto", "on", "off")
 DTYPES = ("float32", "float64")
 
 
@@ -35,44 +46,37 @@ def check(config: TrainConfig) -> TrainJob:
     config = config.resolved()
     if config.resume is not None:
         check_resume(config)
-    for name in ("frames", "num_shards", "envs_per_shard", "round_steps", "keep_checkpoints"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name} is {getattr(config, name)} but must be at least 1")
-    least_0 = ("actor_lag", "env_workers", "evaluate_every", "evaluation_episodes", "log_every", "epsilon_decay_frames")
-    for name in (*least_0, "checkpoint_minutes", "checkpoint_every"):
-        if (getattr(config, name) or 0) < 0:
-            raise ValueError(f"{name} is {getattr(config, name)} but must be at least 0")
-    for name in ("lookahead", "prefetch"):
-        if getattr(config, name) not in (0, 1):
-            raise ValueError(f"{name} is {getattr(config, name)} but must be 0 or 1")
-    if config.recompute not in RECOMPUTATION:
-        raise ValueError(f"unknown recompute {config.recompute!r}; choose {', '.join(RECOMPUTATION)}")
-    if config.dtype == "float64" and config.precision not in ("auto", "float32"):
-        raise ValueError(f"precision {config.precision} has no effect on dtype float64; leave one of them")
-    if config.device == "cpu" and config.precision == "tf32":
-        raise ValueError("precision tf32 is CUDA's, and --device is cpu; use float32 or bf16")
-    if not config.timeout > 0:
-        raise ValueError(f"timeout is {config.timeout} s but must be above 0")
-    for name, choices in (("precision", PRECISIONS), ("compile", KERNELS), ("dtype", DTYPES)):
-        if getattr(config, name) not in choices:
-            raise ValueError(
-                f"unknown {name} {getattr(config, name)!r}; choose {', '.join(choices[:-1])} or {choices[-1]}"
-            )
-    check_device(config.device)
+    check_at_least(config, 1, "frames", "num_shards", "envs_per_shard", "round_steps", "keep_checkpoints")
+    check_at_least(
+        *(config, 0, "actor_lag", "env_workers", "evaluate_every", "evaluation_episodes", "log_every"),
+        *("epsilon_decay_frames", "checkpoint_minutes", "checkpoint_every"),
+    )
+    check_update(config)
+    check_binary(config, "prefetch")
+    check_choice("dtype", config.dtype, DTYPES)
+    check_arithmetic(device=config.device, precision=config.precision, compile=config.compile, dtype=config.dtype)
     spec = environment_spec(config.env)
-    settings = _settings(config, spec)
-    _check_actions(config, settings, spec)
+    workload = Workload(
+        env=config.env,
+        spec=spec,
+        settings=_settings(config, spec),
+        network=config.network,
+        width=config.width,
+        num_shards=config.num_shards,
+        envs_per_shard=config.envs_per_shard,
+        seed=config.seed,
+        dtype=config.dtype,
+    )
+    check_actions(workload)
     cores = tuple(sorted(os.sched_getaffinity(0)))
-    layout = Layout.parse(config.layout, num_microbatches=4, cores=len(cores))
+    layout = Layout.parse(config.layout, cores=len(cores))
     if layout.copies > 1:
         raise ValueError(f"layout {layout.name} is {layout.copies} runs; train one at a time, each with its --seed")
-    layout.parallelism.check_batch(settings.batch_size)
-    layout.parallelism.check_shards(config.num_shards, settings.batch_size)
+    check_division(layout, workload)
     devices = torch.cuda.device_count() if config.device == "cuda" else 0
     job = TrainJob(
         config=config,
-        settings=settings,
-        spec=spec,
+        workload=workload,
         layout=layout,
         cores=cores,
         environment=Environment.current(f"{devices} × {torch.cuda.get_device_name()}" if devices else ""),
@@ -83,16 +87,11 @@ def check(config: TrainConfig) -> TrainJob:
             f"a round of {job.num_envs} environments × {config.round_steps} steps is {per_round} frames but only "
             f"{config.frames} are to be played; lower --round-steps or raise --frames"
         )
-    job = replace(job, settings=_annealed(job))
+    job = replace(job, workload=replace(workload, settings=_annealed(job)))
     _check_replay(job)
     _check_ranks(job, devices)
-    _check_network(job)
-    if SCHEDULES[layout.schedule].filled and layout.pipeline > 1 and not config.lookahead:
-        warnings.warn(
-            f"with --lookahead 0 no target pass can run ahead, so no gaps are filled in {layout.name}; set "
-            "--lookahead 1",
-            stacklevel=2,
-        )
+    check_stages([layout], job.make_network(warn=True), job.network_name)
+    warn_of_gaps([layout], config.lookahead)
     check_logs(wandb=config.wandb)
     if config.resume is not None:
         check_writable(config.resume, "--resume")
@@ -143,23 +142,9 @@ def _annealed(job: TrainJob) -> Published:
     return replace(job.settings, prioritization=replace(priorities, beta_updates=updates))
 
 
-def _check_actions(config: TrainConfig, settings: Published, spec: EnvironmentSpec) -> None:
-    if spec.branches and not settings.agent.branching:
-        raise ValueError(
-            f"environment {config.env} has {spec.branches} action dimensions of {spec.num_actions} choices each, but "
-            f"agent {config.agent} has one head of discrete actions; use --agent decqn, whose head branches"
-        )
-    if settings.agent.branching and not spec.branches:
-        raise ValueError(
-            f"agent {config.agent} has a branching head but environment {config.env} has 1 discrete action of "
-            f"{spec.num_actions} choices; use --agent dqn or another without branches"
-        )
-
-
 def _check_replay(job: TrainJob) -> None:
     settings, config = job.settings, job.config
-    # Each shard must be able to give its part of a batch; rows at the head of a ring wait for their n-step return.
-    least = settings.batch_size + job.num_envs * settings.n_step
+    least = job.workload.least_transitions
     if settings.min_replay < least:
         raise ValueError(
             f"min_replay is {settings.min_replay} but batch_size {settings.batch_size} and {job.num_envs} environments "
@@ -190,21 +175,7 @@ def _check_ranks(job: TrainJob, devices: int) -> None:
             f"{launched_world_size()} processes were started; use --nproc-per-node {job.num_ranks}"
         )
     here = launched_local_world_size() if launched() else layout.ranks
-    if 0 < devices < here and layout.pipeline > 1 and not layout.stacked:
-        raise ValueError(
-            f"layout {layout.name} sends messages between GPUs but {here} ranks share {devices} here; write +stacked, "
-            "as in pp2-1f1b+stacked, or choose a layout of fewer ranks"
-        )
-
-
-def _check_network(job: TrainJob) -> None:
-    chain = job.make_network(warn=True)
-    trained = sum(any(p.requires_grad for p in layer.parameters()) for layer in chain)
-    if job.layout.parallelism.num_stages > trained:
-        raise ValueError(
-            f"layout {job.layout.name} wants p·v = {job.layout.parallelism.num_stages} stages but {job.network_name} "
-            f"has {trained} layers with parameters to train, and every stage needs one; use at most that many stages"
-        )
+    check_gpu_sharing(layout, here, devices)
 
 
 def _check_replay_dir(job: TrainJob, folder: Path) -> None:
@@ -241,14 +212,3 @@ def _warn_of_space(job: TrainJob) -> None:
             f"{free / 2**30:.2f} GiB are free; make room, lower --capacity, or set --checkpoint-minutes 0",
             stacklevel=3,
         )
-
-
-def check_writable(out: Path, flag: str = "--out") -> None:
-    """Raise ValueError unless files can be made in the folder ``out`` of ``flag``; it is made if it is not there."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(f"{flag} {out} cannot be written ({error.strerror}); choose another folder") from error

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from mpdqn.dqn.agents import Agent
 from mpdqn.dqn.published import Published
 from mpdqn.environments import EnvironmentSpec
 from mpdqn.layouts import Layout
-from mpdqn.networks import load_network, set_memory_format
+from mpdqn.networks import set_memory_format
 from mpdqn.records import Environment, Value
 from mpdqn.replay.limiter import RateLimiter
+from mpdqn.workload import Workload
 
 Plain = float | int | str | bool | None
 
@@ -39,7 +38,7 @@ class TrainConfig:
     width: float | None = None
     """Width multiplier of IMPALA."""
     layout: str = "single@all"
-    """Like single@1, dp2, pp2-td1f1b/m4 or dp2xpp2-1f1b (docs/layouts.md)."""
+    """Like single@1, dp2, pp2-td1f1b/m4 or dp2xpp2-1f1b, which has 8 micro-batches (docs/layouts.md)."""
     frames: int = 10_000_000
     """Environment frames to play; 4 for each agent step of an Atari game."""
     double: bool | None = None
@@ -141,16 +140,25 @@ class TrainJob:
     """A checked training run: everything a rank needs."""
 
     config: TrainConfig
-    settings: Published
-    spec: EnvironmentSpec
+    workload: Workload
     layout: Layout
     cores: tuple[int, ...]
     environment: Environment
 
     @property
+    def settings(self) -> Published:
+        """The agent's hyperparameters, with what the command line changed."""
+        return self.workload.settings
+
+    @property
+    def spec(self) -> EnvironmentSpec:
+        """Of one of the environments."""
+        return self.workload.spec
+
+    @property
     def agent(self) -> Agent:
         """The agent, with the switches of the command line."""
-        return self.settings.agent
+        return self.workload.agent
 
     @property
     def num_ranks(self) -> int:
@@ -160,7 +168,7 @@ class TrainJob:
     @property
     def num_envs(self) -> int:
         """V·E."""
-        return self.config.num_shards * self.config.envs_per_shard
+        return self.workload.num_envs
 
     @property
     def transitions_per_round(self) -> int:
@@ -230,30 +238,15 @@ class TrainJob:
     @property
     def network_name(self) -> str:
         """The zoo's name or the file of the network."""
-        return self.config.network or default_network(self.spec)
+        return self.workload.network_name
 
     def make_network(self, *, warn: bool = False) -> nn.Sequential:
-        """The network on the CPU, with the same weights on every call and every rank.
+        """Return the network on the CPU in channels_last, with the same weights on every call and every rank.
 
         ``warn`` lets it warn of options without effect, as `check` has it do once.
         """
-        with warnings.catch_warnings():
-            if not warn:
-                warnings.filterwarnings("ignore", ".* has no effect on")
-            network = load_network(
-                self.network_name,
-                self.spec.observation_shape,
-                self.spec.num_actions,
-                width=self.config.width,
-                seed=self.config.seed,
-                **self.agent.head_options(self.spec.branches),
-            ).to(dtype=getattr(torch, self.config.dtype))
+        network = self.workload.make_network(warn=warn)
         # Measured once for all: channels_last nearly halves IMPALA's step on a CPU, is what cuDNN wants, and costs the
         # others nothing. A format that is measured anew in every run would make runs differ by their rounding.
         set_memory_format(network, "channels_last")
         return network
-
-
-def default_network(spec: EnvironmentSpec) -> str:
-    """The Nature network, or MinAtar's for frames that are too small for it."""
-    return "nature" if min(spec.observation_shape[1:]) >= 36 else "minatar"

@@ -8,7 +8,6 @@ acting rank                  actors, and weights that come from all stages
 
 from __future__ import annotations
 
-import copy
 import os
 from contextlib import ExitStack
 from typing import Any
@@ -20,16 +19,16 @@ from torch import nn
 from mpdqn.actors import Actors, Chunk
 from mpdqn.arrangement import Arrangement
 from mpdqn.cores import pin, restore
-from mpdqn.learner import Learner, LearnerConfig
+from mpdqn.learner import Learner
 from mpdqn.mesh import Mesh, World
 from mpdqn.networks import noisy_layers, set_noise
 from mpdqn.partition import counted_profile
-from mpdqn.pipeline.acceleration import Acceleration, candidates, choose_acceleration
 from mpdqn.replay import Prefetcher, VirtualShards
 from mpdqn.train.acting import Acting, LaggedWeights, RemoteActing, transitions_group
 from mpdqn.train.batches import BatchQueue
 from mpdqn.train.config import TrainJob
 from mpdqn.weights import WeightDelivery
+from mpdqn.workload.acceleration import agree_on_acceleration
 
 ACTING = "acting"
 """What the noise is called with which a noisy network explores."""
@@ -74,7 +73,15 @@ class Rank:
         self._everyone = world.group(range(world.size), "gloo", "rounds")
         if remote:
             transitions_group(world)
-        self.acceleration = self._accelerate(network)
+        self.acceleration = agree_on_acceleration(
+            world,
+            network,
+            job.workload.micro_batch_frames(job.layout),
+            precision=config.precision,
+            compile=config.compile,
+        )
+        if world.device.type == "cuda":
+            self.acceleration.set_products()
         self.learner: Learner | None = None
         self.shards: VirtualShards | None = None
         self.queue: BatchQueue | None = None
@@ -88,15 +95,7 @@ class Rank:
                 agent=job.agent,
                 batch_size=settings.batch_size,
                 observation_shape=job.spec.observation_shape,
-                config=LearnerConfig(
-                    learning_rate=settings.learning_rate,
-                    adam_eps=settings.adam_eps,
-                    target_period=settings.target_period,
-                    target_tau=settings.target_tau,
-                    max_grad_norm=settings.max_grad_norm,
-                    lookahead=config.lookahead,
-                    seed=config.seed,
-                ),
+                config=job.workload.learner_config(lookahead=config.lookahead),
                 table=self.arrangement.table,
                 acceleration=self.acceleration,
             )
@@ -106,42 +105,10 @@ class Rank:
             assert acting_network is not None
             self.acting = Acting(self._make_actors(acting_network), LaggedWeights(acting_network, config.actor_lag))
 
-    def _accelerate(self, network: nn.Sequential) -> Acceleration:
-        """How the layers are computed, as rank 0 finds it out on the whole network. Collective over the world."""
-        config, spec = self.job.config, self.job.spec
-        tried = candidates(
-            "float32" if config.device == "cpu" and config.precision == "auto" else config.precision,
-            "off" if config.device == "cpu" and config.compile == "auto" else config.compile,
-        )
-        chosen: Acceleration | None = None
-        if self.world.rank == 0 and len(tried) > 1:
-            micro = self.job.settings.batch_size // (self.job.layout.data * self.job.layout.num_microbatches)
-            frames = torch.zeros((micro, *spec.observation_shape), dtype=torch.uint8, device=self.world.device)
-            chosen = choose_acceleration(tried, copy.deepcopy(network).to(self.world.device), frames)
-        acceleration = tried[0] if len(tried) == 1 else self.world.from_first(chosen)
-        assert acceleration is not None
-        if self.world.device.type == "cuda":
-            acceleration.set_products()
-        return acceleration
-
     def _own(self, learner: Learner, acting: nn.Sequential | None, owners: Any, remote: bool) -> None:
         """Replay, batches and acting of the rank that has its replica's first stage."""
         job, config, settings = self.job, self.job.config, self.job.settings
-        self.shards = VirtualShards(
-            observation_shape=job.spec.observation_shape,
-            num_shards=config.num_shards,
-            capacity=settings.capacity,
-            envs_per_shard=config.envs_per_shard,
-            seed=config.seed,
-            stack=job.spec.stack,
-            n_step=settings.n_step,
-            discount=settings.discount,
-            clip_rewards=settings.clip_rewards,
-            prioritization=settings.prioritization,
-            action_shape=job.spec.action_shape,
-            directory=config.replay_dir,
-            owned=self.owned,
-        )
+        self.shards = job.workload.make_shards(owned=self.owned, directory=config.replay_dir)
         prefetcher = self._stack.enter_context(Prefetcher(self.world.device, getattr(torch, config.dtype)))
         self.queue = BatchQueue(
             self.shards,
@@ -217,8 +184,7 @@ def owned_shards(job: TrainJob, rank: int) -> range:
 
 def arrange(job: TrainJob, network: nn.Sequential) -> Arrangement:
     """Plan and action table of the job's layout, from counted costs, hence the same in every run."""
-    micro = job.settings.batch_size // (job.layout.data * job.layout.num_microbatches)
-    frames = torch.zeros((micro, *job.spec.observation_shape), dtype=torch.uint8)
+    frames = job.workload.micro_batch_frames(job.layout)
     return Arrangement.of(
         job.layout,
         counted_profile(network, frames, name=job.network_name),

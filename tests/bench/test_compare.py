@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import mpdqn
 from mpdqn.bench.compare import render
+from tests.bench.in_process import compared
 
 
 def test_a_comparison_from_python(tmp_path: Path) -> None:
@@ -49,13 +50,13 @@ def test_a_comparison_from_python(tmp_path: Path) -> None:
     assert again == comparison
 
 
-@pytest.mark.parametrize(("agent", "head"), [("rainbow", "dueling"), ("decqn", "plain")])
-def test_every_kind_of_agent_is_compared(agent: str, head: str, tmp_path: Path) -> None:
-    """Transitions are played and learned from with the head that the agent needs; noise and passes run ahead."""
-    config = mpdqn.CompareConfig(smoke=True, transitions=64, out=tmp_path, agent=agent, rounds=1)
-    comparison = mpdqn.compare(config, layouts=["pp2-td1f1b+stacked/m4"])
-    (record,) = comparison.records
-    assert (record.settings["agent"], record.settings["head"]) == (agent, head)
+def test_an_agent_with_a_head_of_its_own_is_compared(tmp_path: Path) -> None:
+    """Transitions are played and learned from with the head that Rainbow needs; noise and passes run ahead.
+
+    tests/workload has DecQN, whose head branches.
+    """
+    (record,) = compared(tmp_path, "nature", agent="rainbow", batch_size=16, layouts=["pp2-td1f1b+stacked/m4"])
+    assert (record.settings["agent"], record.settings["head"]) == ("rainbow", "dueling")
     assert 0 < record.values["gradient_error"] < 5e-5  # type: ignore[operator]
     assert record.values["td_error_error"] < 5e-5  # type: ignore[operator]
 

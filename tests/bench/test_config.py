@@ -15,6 +15,8 @@ import mpdqn
 from mpdqn.bench import compare as module
 from mpdqn.bench.config import CompareConfig, check
 from mpdqn.dqn.agents import make_agent
+from mpdqn.train import TrainConfig
+from mpdqn.train.check import check as check_train
 
 TUPLE = tuple[int, int, int]
 
@@ -57,10 +59,10 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
         ({"layouts": ("pp6/m2",)}, "wants p·v = 6 stages but nature has 11 layers"),
         (
             {"layouts": ("single@1", "pp2-looped_bfs+v9")},
-            "layout pp2-looped_bfs+v9/m2 wants p·v = 18 stages but nature has 11 layers in its nn.Sequential, 5 of "
+            "layout pp2-looped_bfs+v9/m8 wants p·v = 18 stages but nature has 11 layers in its nn.Sequential, 5 of "
             "them with parameters to train, and every stage needs one; use at most that many stages",
         ),
-        ({"layouts": ("pp3-zbv",)}, "layout pp3-zbv/m2 wants p·v = 6 stages but nature has 11 layers"),
+        ({"layouts": ("pp3-zbv",)}, "layout pp3-zbv/m8 wants p·v = 6 stages but nature has 11 layers"),
         ({"lookahead": 2}, "lookahead is 2 but must be 0 or 1"),
         ({"recompute": "some"}, "unknown recompute 'some'; choose none, boundaries, all or auto"),
         ({"recompute": "auto", "memory_limit": -1.0}, "memory_limit is -1.0 GiB but must be at least 0"),
@@ -68,7 +70,7 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
         ({"memory_limit": 2.0}, "memory_limit 2.0 has no effect with recompute none; use --recompute auto"),
         (
             {"recompute": "auto", "memory_limit": 0.001, "layouts": ("dp2xpp2-1f1b",)},
-            "layout dp2xpp2-1f1b/m2 has a rank whose parameters, their gradients, Adam's moments and the target "
+            "layout dp2xpp2-1f1b/m8 has a rank whose parameters, their gradients, Adam's moments and the target "
             "network take at least 16.1 MiB but its memory limit is 1.0 MiB; raise it or use more stages",
         ),
         ({"batch_size": 510, "layouts": ("dp2/m16",)}, "batch_size 510 is not a multiple of d·m = 2·16; try 512"),
@@ -85,10 +87,22 @@ def refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
         ({"steps": 0}, "steps is 0 but must be at least 1"),
         ({"rounds": -1}, "rounds is -1 but must be at least 1"),
         ({"transitions": 0}, "transitions is 0 but must be at least 1"),
+        (
+            {"transitions": 39, "agent": "rainbow"},
+            "transitions is 39 but batch_size 16 and 8 environments with 3-step returns need at least 40",
+        ),
         ({"timeout": 0.0}, "timeout is 0.0 s but must be above 0"),
         ({"epsilon": 1.5}, "epsilon is 1.5 but must be between 0 and 1"),
         ({"network": "impala", "width": 0.0}, "width"),
         ({"device": "tpu"}, "unknown device 'tpu'; choose cpu or cuda"),
+        ({"precision": "fp8"}, "unknown precision 'fp8'; choose float32, tf32, bf16 or auto"),
+        ({"precision": "tf32"}, "precision tf32 is CUDA's, and --device is cpu; use float32 or bf16"),
+        ({"compile": "yes"}, "unknown compile 'yes'; choose auto, on or off"),
+        (
+            {"agent": "decqn"},
+            "agent decqn has a branching head but environment pong has 1 discrete action of 6 choices",
+        ),
+        ({"env": "minatar-breakout", "network": "nature"}, "Nature needs frames of at least 36×36 pixels"),
     ],
 )
 def test_bad_settings(refused: Callable[..., str], settings: dict[str, Any], message: str) -> None:
@@ -189,7 +203,7 @@ def test_stages_in_several_processes_on_one_gpu(monkeypatch: pytest.MonkeyPatch,
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
     config = CompareConfig(smoke=True, device="cuda", out=tmp_path)
     with pytest.raises(
-        ValueError, match=r"layout pp2-1f1b/m2 sends messages between GPUs but 2 ranks share 1 here; write"
+        ValueError, match=r"layout pp2-1f1b/m8 sends messages between GPUs but 2 ranks share 1 here; write"
     ):
         check(config, layouts=["pp2-1f1b"])
     assert [row.stacked for row in check(config).layouts] == [False] * 3 + [True] * 4
@@ -198,7 +212,7 @@ def test_stages_in_several_processes_on_one_gpu(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_good_configuration_becomes_a_job(tmp_path: Path) -> None:
     job = check(CompareConfig(smoke=True, out=tmp_path / "new" / "folder"), layouts=["dp2", "pp2-1f1b", "dp2"])
-    assert [row.name for row in job.layouts] == ["dp2", "pp2-1f1b/m2"], "each row once"
+    assert [row.name for row in job.layouts] == ["dp2", "pp2-1f1b/m8"], "each row once"
     assert job.num_ranks == 2
     assert job.network_name == "nature"
     assert (job.spec.observation_shape, job.spec.num_actions) == ((4, 84, 84), 6)
@@ -214,8 +228,8 @@ def test_filled_schedules_without_lookahead_are_warned_of_once(tmp_path: Path, m
         check(config, layouts=["single@1", "pp2-td1f1b", "pp2-1f1b", "pp2-tdzb+stacked"])
     (warning,) = caught
     assert str(warning.message) == (
-        "with --lookahead 0 no target pass can run ahead, so no gaps are filled in pp2-td1f1b/m2, "
-        "pp2-tdzb+stacked/m2; set --lookahead 1"
+        "with --lookahead 0 no target pass can run ahead, so no gaps are filled in pp2-td1f1b/m8, "
+        "pp2-tdzb+stacked/m8; set --lookahead 1"
     )
     check(config, layouts=["single@1", "pp2-1f1b"])
     check(replace(config, lookahead=1), layouts=["pp2-td1f1b"])
@@ -256,13 +270,32 @@ def test_a_network_of_ones_own_must_have_the_agents_output(tmp_path: Path) -> No
 
 def test_smoke_leaves_what_was_given() -> None:
     small = CompareConfig(smoke=True).resolved()
-    assert (small.network, small.batch_size, small.num_microbatches) == ("nature", 16, 2)
+    assert (small.network, small.batch_size, small.num_microbatches) == ("", 16, 2)
     assert (small.steps, small.rounds, small.transitions) == (1, 2, 256)
     given = CompareConfig(smoke=True, network="impala", batch_size=32, rounds=5).resolved()
     assert (given.network, given.batch_size, given.rounds, given.transitions) == ("impala", 32, 5, 256)
     whole = CompareConfig()
     assert whole.resolved() is whole
     assert whole.transitions >= 2000
+
+
+def test_one_text_means_one_layout_in_every_command(tmp_path: Path) -> None:
+    """``pp2-1f1b`` had 4 micro-batches in `train`, 8 in `compare`, and 2 in `compare --smoke`."""
+    in_train = check_train(TrainConfig(layout="pp2-1f1b", out=tmp_path)).layout
+    for smoke in (False, True):
+        (in_compare,) = check(CompareConfig(smoke=smoke, out=tmp_path), layouts=["pp2-1f1b"]).layouts
+        assert in_compare == in_train
+    with pytest.warns(UserWarning, match="num_microbatches 4 has no effect on named layouts; .* as in pp2-1f1b/m4"):
+        (named,) = check(CompareConfig(num_microbatches=4, out=tmp_path), layouts=["pp2-1f1b"]).layouts
+    assert named == in_train
+    rows = check(CompareConfig(num_microbatches=4, out=tmp_path)).layouts
+    assert {row.num_microbatches for row in rows if row.pipeline > 1} == {4}, "the default ones have what is asked"
+
+
+def test_an_environment_decides_on_the_network_unless_one_is_named(tmp_path: Path) -> None:
+    names = {"pong": "nature", "minatar-breakout": "minatar"}
+    for env, name in names.items():
+        assert check(CompareConfig(env=env, smoke=True, out=tmp_path), layouts=["single@1"]).network_name == name
 
 
 def test_a_width_is_part_of_the_name(tmp_path: Path) -> None:

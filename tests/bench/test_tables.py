@@ -74,6 +74,21 @@ def test_a_summary_is_median_lowest_and_highest() -> None:
     assert [decimals(v) for v in (0.5, 9.9, 10, 999, 1000)] == [2, 2, 1, 1, 0]
 
 
+def test_the_notes_say_which_rows_were_computed_in_what() -> None:
+    bf16, plain = {"precision": "bf16, compiled"}, {"precision": "float32"}
+    same = compare_table([record("single@1", 1.0, settings=plain), record("dp2", 1.0, settings=DP2 | plain)])
+    assert "(gloo, contiguous, float32), agent" in same.notes[0]
+    each = compare_table([record("single@1", 1.0, settings=plain), record("dp2", 1.0, settings=DP2 | bf16)])
+    assert "(gloo, contiguous; float32: single@1; bf16, compiled: dp2), agent" in each.notes[0]
+    assert "(gloo, contiguous), agent" in compare_table([record("single@1", 1.0)]).notes[0], "as older versions wrote"
+
+
+def test_a_target_refresh_is_priced_at_the_period_of_the_run() -> None:
+    late = {"late_pass_s": 0.5}
+    notes = compare_table([record("pp2", 1.0, settings=PP2 | {"target_period": 250}, values=late)]).notes
+    assert any("one in 250 updates, that would be 2.0e-03 of the time" in note for note in notes)
+
+
 @pytest.mark.parametrize("values", [[], [1.0, float("nan")], [float("inf")]])
 def test_nothing_and_infinity_have_no_summary(values: list[float]) -> None:
     with pytest.raises(ValueError, match="has no median; measure"):

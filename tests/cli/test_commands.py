@@ -11,8 +11,8 @@ from mpdqn.cli import COMMANDS, main
 FLAGS = {
     "compare": """
         --env --network --width --head --agent --batch-size --num-microbatches --layouts --lookahead --recompute
-        --memory-limit --trace --steps --rounds --transitions --num-shards --envs-per-shard --epsilon --device --seed
-        --out --timeout --smoke --render-only
+        --memory-limit --precision --compile --trace --steps --rounds --transitions --num-shards --envs-per-shard
+        --epsilon --device --seed --out --timeout --smoke --render-only
     """,
     "train": """
         --env --agent --network --width --layout --frames --double --dueling --noisy --prioritized --n-step --batch-size

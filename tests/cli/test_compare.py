@@ -214,7 +214,7 @@ class Frames(nn.Module):
 def make_network(shape, actions):
     return nn.Sequential(Frames(), nn.Conv2d(shape[0], 8, 8, 4), nn.ReLU(), nn.Flatten(), nn.LazyLinear(actions))
 
-layouts = ["single@1", "pp2-1f1b+stacked/m2", "2*single@1", "pp2-1f1b"]
+layouts = ["single@1", "pp2-1f1b+stacked/m2", "2*single@1", "pp2-1f1b/m2"]
 comparison = mpdqn.compare(network=make_network, layouts=layouts, smoke=True, transitions=64)
 print(comparison.table.markdown())
 print([record.row for record in comparison.records], comparison.verdict, comparison.folder)

@@ -44,7 +44,7 @@ def test_a_good_configuration_becomes_a_job(tmp_path: Path) -> None:
         ({"lookahead": 2}, "lookahead is 2 but must be 0 or 1"),
         ({"min_replay": 30}, "min_replay is 30 but batch_size 32 and 8 environments"),
         ({"capacity": 400}, "capacity is 400 but learning begins at 500"),
-        ({"layout": "pp9"}, "layout pp9-gpipe/m4 wants p·v = 9 stages"),
+        ({"layout": "pp9"}, "layout pp9-gpipe/m8 wants p·v = 9 stages"),
         ({"agent": "decqn"}, "agent decqn has a branching head but environment minatar-breakout has 1 discrete action"),
         ({"network": "nature"}, "Nature needs frames of at least 36×36"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0 but must be above 0"),
