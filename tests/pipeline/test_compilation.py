@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, nop
 from torch import Tensor, nn
+from torch._dynamo import register_backend
+from torch._dynamo.backends.common import aot_autograd
 
 from mpdqn.dqn.agents import make_agent
 from mpdqn.learner import Learner, LearnerConfig
@@ -15,11 +20,17 @@ from mpdqn.mesh import Mesh, World
 from mpdqn.pipeline.acceleration import Acceleration, candidates, choose_acceleration
 from mpdqn.pipeline.compilation import Compiled
 from mpdqn.plan import Parallelism, Partition, Plan
-from mpdqn.schedule import SCHEDULES
+from mpdqn.schedule import SCHEDULES, action_table
 from tests.transparency import Case, filled_shards
 
 FRAMES, STAGES = (2, 12, 12), 4
 CASE = Case(family="tiny", batch_size=16)
+
+
+def kinds(schedule: str) -> set[str]:
+    virtual = SCHEDULES[schedule].virtual
+    table = action_table(schedule, STAGES // virtual, 4, "T", virtual=virtual)
+    return {action.kind for action in table.actions}
 
 
 class Flat(nn.Module):
@@ -78,6 +89,32 @@ def test_every_schedule_runs_compiled(alone: World, schedule: str) -> None:
     assert plain.compiled_modules == 0
     assert found.keys() == expected.keys()
     assert distance(found, expected) < 1e-6
+
+
+RUNS: Counter[str] = Counter()
+"""How often the backward graphs of modules ran that were compiled with the backend below."""
+
+
+@register_backend
+def counts_backwards(graph: Any, inputs: Any) -> Any:
+    def compile_backward(backward: torch.fx.GraphModule, _: Any) -> Any:
+        def run(*args: Any) -> Any:
+            RUNS["backward"] += 1
+            return backward(*args)
+
+        return make_boxed_func(run)
+
+    return aot_autograd(fw_compiler=nop, bw_compiler=compile_backward)(graph, inputs)
+
+
+@pytest.mark.parametrize("schedule", [name for name, kind in SCHEDULES.items() if "W" in kinds(name)])
+def test_a_compiled_backward_runs_once_for_a_microbatch(alone: World, schedule: str) -> None:
+    """torch's split ran the one graph of a stage for I, kept its donated buffers, and ran it again for W: twice the
+    work, and an error where the same graph had once been compiled for a whole backward."""
+    one = learner(alone, schedule, Acceleration(compiled=True, backend="counts_backwards"), "dqn")
+    RUNS.clear()
+    gradients(one)
+    assert RUNS["backward"] == 2 * STAGES * 4, "two updates of four micro-batches"
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on the CPU")
