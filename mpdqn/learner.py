@@ -177,6 +177,11 @@ class Learner:
         """Whether this rank holds its replica's last stage."""
         return self.mesh.rank == self.mesh.last_rank
 
+    @property
+    def compiled_modules(self) -> int:
+        """How many of this rank's modules run as torch.compile compiled them (`Pipeline.compiled_modules`)."""
+        return self._pipeline.compiled_modules
+
     def parameters(self) -> Iterator[nn.Parameter]:
         """The online parameters of this rank's stages."""
         for stage in self.stages:

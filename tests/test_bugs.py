@@ -80,7 +80,7 @@ def test_torch_features_that_break_a_pipeline_are_not_used(name: str) -> None:
 def test_private_names_of_pipelining_are_in_one_file() -> None:
     """torch's stages changed between 2.11 and 2.14: one file knows, so that the next change is one file's."""
     private = ("_prepare_forward_infra", "_prepare_backward_infra", "_inference_mode", "fwd_cache", "bwd_cache")
-    assert {path.name for path, used in calls_and_imports() if used in private} == {"runtime.py"}
+    assert {path.name for path, used in calls_and_imports() if used in private} == {"static_stage.py"}
 
 
 def test_gradients_accumulate_over_steps(alone: World) -> None:

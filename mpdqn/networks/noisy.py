@@ -74,11 +74,21 @@ def set_noise(network: nn.Module, seed: int, update: int, which: str) -> None:
         update: whose noise; any number that names a draw.
         which: what the network is used as, such as ``online``, ``target`` or ``acting``.
     """
-    for name, layer in noisy_layers(network).items():
+    layers = noisy_layers(network)
+    if not layers:
+        return
+    draws = []
+    for name, layer in layers.items():
         draw = torch.Generator().manual_seed(keyed_seed("noise", seed, update, which, name))
         epsilon = torch.randn(layer.in_features + layer.out_features, generator=draw)
-        scaled = epsilon.sign() * epsilon.abs().sqrt()
-        layer.set_noise(scaled[: layer.in_features], scaled[layer.in_features :])
+        draws.append(epsilon.sign() * epsilon.abs().sqrt())
+    device = next(iter(layers.values())).noise_in.device
+    # One copy to the device for all layers. From pinned memory it does not hold the host up; torch's allocator does not
+    # give that memory out again before the copy has left it.
+    pinned = torch.empty(sum(map(len, draws)), pin_memory=device.type == "cuda")
+    scaled = torch.cat(draws, out=pinned).to(device, non_blocking=True)
+    noise = [part for layer in layers.values() for part in (layer.noise_in, layer.noise_out)]
+    torch._foreach_copy_(noise, torch.split(scaled, [len(part) for part in noise]))
 
 
 @torch.no_grad()

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from mpdqn.pipeline.compilation import Compiled
 
 Precision = Literal["float32", "tf32", "bf16"]
 
@@ -25,27 +28,36 @@ WORTH = 1.05
 
 @dataclass(frozen=True, kw_only=True)
 class Acceleration:
-    """The ``precision`` of a network's arithmetic, and whether torch.compile makes its kernels."""
+    """The ``precision`` of a network's arithmetic, and whether torch.compile (with ``backend``) makes its kernels."""
 
     precision: Precision = "float32"
     compiled: bool = False
+    backend: str = "inductor"
 
-    def apply(self, layers: nn.Module, device: torch.device, output_dtype: torch.dtype | None = None) -> nn.Module:
-        """``layers`` computed so, sharing their parameters.
+    def apply(
+        self,
+        layers: nn.Module,
+        device: torch.device,
+        output_dtype: torch.dtype | None = None,
+        name: str = "layers",
+    ) -> nn.Module:
+        """Return a module that computes ``layers`` with this precision and these kernels, and shares their parameters.
 
         Args:
             layers: [b, …] -> [b, …].
             device: where they are.
             output_dtype: what the output is turned into, at the end of the network; None keeps what comes out.
+            name: an identifier for the compiler's logs.
         """
         module: nn.Module = layers
         if self.precision == "bf16":
             module = Autocast(layers, device.type, output_dtype)
-        if self.compiled:
-            compiled = torch.compile(module, dynamic=False)
-            assert isinstance(compiled, nn.Module)
-            return compiled
-        return module
+        return Compiled(module, name, self.backend) if self.compiled else module
+
+    @property
+    def casts_weights(self) -> bool:
+        """Whether every forward casts the weights, so that `cast_cache` can save all but the first cast of a step."""
+        return self.precision == "bf16" and not self.compiled
 
     def set_products(self) -> None:
         """Let CUDA's float32 products and convolutions of this process use TF32, or not."""
@@ -66,9 +78,28 @@ class Autocast(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[b, …] to [b, …]."""
-        with torch.autocast(self.device_type, torch.bfloat16):
+        # A cast made without gradients would be found by a pass with gradients and would cut it off its weights.
+        with torch.autocast(self.device_type, torch.bfloat16, cache_enabled=torch.is_grad_enabled()):
             output: Tensor = self.layers(x)
         return output if self.output_dtype is None else output.to(self.output_dtype)
+
+
+@contextmanager
+def cast_cache(enabled: bool) -> Iterator[None]:
+    """Keep autocast's casts of trained weights until the end of the block, instead of to the end of each forward.
+
+    Inside, no trained weight may change. Only the lifetime of the cache is extended: autocast stays off outside of
+    `Autocast`, such as in the loss. Each backward still casts the gradient by itself, so that no bit changes.
+    """
+    if not enabled:
+        yield
+        return
+    torch.autocast_increment_nesting()
+    try:
+        yield
+    finally:
+        if torch.autocast_decrement_nesting() == 0:
+            torch.clear_autocast_cache()
 
 
 def candidates(precision: Precision | Literal["auto"], compile: Literal["auto", "on", "off"]) -> list[Acceleration]:
@@ -81,7 +112,9 @@ def candidates(precision: Precision | Literal["auto"], compile: Literal["auto", 
 def choose_acceleration(tried: Sequence[Acceleration], network: nn.Module, example: Tensor) -> Acceleration:
     """The fastest of ``tried`` at a forward and backward pass of ``network`` on ``example``, both on one device.
 
-    One of them is not measured. A later one wins only if it is `WORTH` times faster than what was best before it.
+    A single candidate is not measured. One backward pass is what a compiled stage runs under every schedule: torch's
+    split backward would run its one graph twice (see `StaticStage.whole_backward`). A later one wins only if
+    it is `WORTH` times faster than what was best before it.
     """
     if len(tried) == 1:
         return tried[0]
@@ -111,6 +144,8 @@ def _seconds(acceleration: Acceleration, network: nn.Module, example: Tensor, re
         _synchronize(example.device)
         times.append(time.perf_counter() - begin)
     network.zero_grad(set_to_none=True)
+    if isinstance(module, Compiled) and not module.is_compiled:
+        raise RuntimeError("torch.compile ran the layers uncompiled")
     return median(times[3:])
 
 

@@ -27,7 +27,7 @@ class Checkpointed(nn.Module):
         return x
 
 
-class Owned(nn.Module):
+class CloneViewOutput(nn.Module):
     """A stage whose output is no view: torch's split backward detaches it in place, which a view does not allow."""
 
     def __init__(self, stage: nn.Module) -> None:

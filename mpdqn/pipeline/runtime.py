@@ -7,25 +7,24 @@ waiting for it, and at the end sees to it that all has left:
 
     rank 0   post B0 B1 | 0T0 → 0T1 → 0F0 → 0F1 → wait B0, 0B0  wait B1, 0B1
     rank 1   post T0 T1 F0 F1 | wait T0, 1T0  wait T1, 1T1  wait F0, 1F0  …
-
-This is the only file that touches private names of torch; `_static_stage` is the place where its versions differ.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.pipelining import PipelineStage
 
 from mpdqn.mesh import Mesh
 from mpdqn.message import Message
-from mpdqn.pipeline.recompute import Checkpointed, Owned
+from mpdqn.pipeline.acceleration import cast_cache
+from mpdqn.pipeline.compilation import Compiled
+from mpdqn.pipeline.recompute import Checkpointed, CloneViewOutput
 from mpdqn.pipeline.stage import Stage
+from mpdqn.pipeline.static_stage import StaticStage, static_stage
 from mpdqn.pipeline.stopwatch import Stopwatch
 from mpdqn.schedule.actions import (
     BACKWARD,
@@ -96,19 +95,29 @@ class Pipeline:
         self._mesh, self._m = mesh, table.num_microbatches
         self._owners = mesh.plan.replica(mesh.replica)
         self._passes = passes
-        self._runners: dict[tuple[str, int], _StaticStage] = {}
-        self._rows: dict[Action, Tensor] = {}
+        self._runners: dict[tuple[str, int], StaticStage] = {}
         for stage in stages:
             online: nn.Module = stage.online
             if recompute and recompute[stage.index] == "boundaries":
                 online = Checkpointed(stage.online)
-            online = stage.computing(online)
+            online = stage.computing(online, f"stage{stage.index}_F")
             if any(a.stage == stage.index and a.kind == BACKWARD_INPUT for a in table.actions):
-                online = Owned(online)
-            self._runners[FORWARD, stage.index] = _static_stage(mesh, stage, online, self._m, True)
+                online = online if isinstance(online, Compiled) else CloneViewOutput(online)
+            self._runners[FORWARD, stage.index] = static_stage(mesh, stage, online, self._m, True)
             for letter, network in passes.items():
-                module = stage.online if network == "online" else stage.target
-                self._runners[letter, stage.index] = _static_stage(mesh, stage, stage.computing(module), self._m, False)
+                layers = stage.online if network == "online" else stage.target
+                module = stage.computing(layers, f"stage{stage.index}_{letter}")
+                self._runners[letter, stage.index] = static_stage(mesh, stage, module, self._m, False)
+        self._casts_weights = any(stage.acceleration.casts_weights for stage in stages)
+
+    @property
+    def compiled_modules(self) -> int:
+        """How many of this rank's modules, one for each stage and kind of pass, run as dynamo compiled them.
+
+        They are compiled when they first run: 0 before the first step, and 0 without compilation.
+        """
+        modules = [runner.submod for runner in self._runners.values()]
+        return sum(isinstance(module, Compiled) and module.is_compiled for module in modules)
 
     def program(self, table: ActionTable) -> Program:
         """This rank's part in ``table``, over the stages of this pipeline."""
@@ -157,8 +166,20 @@ class Pipeline:
             PeerLost: if a message does not come in time.
             ValueError: if a stage returns another shape than it was built for.
         """
+        with cast_cache(self._casts_weights):
+            return self._run(program, frames, loss, stopwatch, known or {}, after)
+
+    def _run(
+        self,
+        program: Program,
+        frames: Mapping[str, Tensor],
+        loss: Loss,
+        stopwatch: Stopwatch,
+        known: Values,
+        after: Callable[[Action], None] | None,
+    ) -> Values:
         chunks = {kind: batch.chunk(self._m) for kind, batch in frames.items()}
-        values: Values = {letter: dict(by_microbatch) for letter, by_microbatch in (known or {}).items()}
+        values: Values = {letter: dict(by_microbatch) for letter, by_microbatch in known.items()}
         ahead: Values = {letter: {} for letter in program.table.ahead}
         losses: dict[int, Tensor] = {}
         leaving: list[Message] = []
@@ -183,7 +204,7 @@ class Pipeline:
                 if kind in GRADIENTS_OF_INPUT:
                     self._backward(action, losses.pop(i, None), leaving)
                 elif kind == BACKWARD_WEIGHT:
-                    self._runners[FORWARD, stage].backward_weight_one_chunk(i)
+                    self._runners[FORWARD, stage].backward_weight(i)
                 elif stage == last_stage and action in program.rerun:
                     pass  # nobody waits for its output: the input has come, and R does the rest
                 else:
@@ -220,6 +241,8 @@ class Pipeline:
         graph = kind in (FORWARD, RECOMPUTE) and action not in program.rerun
         with torch.set_grad_enabled(graph):
             output = runner.forward(i, frames[i] if stage == 0 else runner.input_of(i).requires_grad_(graph))
+        if action not in program.rerun:  # whose R needs the input once more
+            runner.release_input(i)
         like = runner.example_output
         if output.shape != like.shape or output.dtype != like.dtype:
             raise ValueError(
@@ -229,7 +252,7 @@ class Pipeline:
         to = program.results_go_to[action]
         if to is not None:
             if self._owners[to.stage] == self._mesh.rank:
-                self._runner(to).set_local_fwd_input(output, i)
+                self._runner(to).take_input(i, output)
             else:
                 leaving.append(self._mesh.send(_flat(output, like), self._owners[to.stage], kind))
         return output
@@ -243,93 +266,12 @@ class Pipeline:
         assert gradient is not None
         before = self._owners[stage - 1]
         if before == self._mesh.rank:
-            self._runners[FORWARD, stage - 1].set_local_bwd_input((gradient,), i)
+            self._runners[FORWARD, stage - 1].take_gradient(i, gradient)
         else:
             leaving.append(self._mesh.send(_flat(gradient, runner.example_input), before, BACKWARD))
 
-    def _runner(self, action: Action) -> _StaticStage:
+    def _runner(self, action: Action) -> StaticStage:
         return self._runners[FORWARD if action.kind in TRAINING else action.kind, action.stage]
-
-
-class _StaticStage(PipelineStage):
-    """torch's stage with the shapes of its micro-batches, told once instead of asked of the peer at each start.
-
-    ``forward`` and ``backward`` are torch's ``forward_one_chunk`` and ``backward_one_chunk`` for one tensor in and out;
-    what torch checks, flattens and logs there for every micro-batch costs as much as a message.
-    """
-
-    example_input: Tensor
-    example_output: Tensor
-
-    def forward(self, i: int, x: Tensor) -> Tensor:
-        """The stage's output for micro-batch ``i``; where there is a graph, it is kept for the backward."""
-        output: Tensor = self.submod(x)
-        if torch.is_grad_enabled():
-            self.fwd_cache[i] = (output,), [x]
-        return output
-
-    def backward(self, i: int, loss: Tensor | None) -> Tensor | None:
-        """The whole backward of micro-batch ``i``: the gradient of its input, None on the first stage."""
-        (output,), (x,) = self.fwd_cache.pop(i)
-        if self.is_last:
-            assert loss is not None
-            torch.autograd.backward(loss)
-            if not output._is_view():
-                output.detach_()  # whoever still holds it shall not hold the graph
-        else:
-            torch.autograd.backward(output, self.gradient_in(i))
-        gradient: Tensor | None = x.grad
-        x.grad = None
-        return gradient
-
-    def backward_input(self, i: int, loss: Tensor | None) -> Tensor | None:
-        """The same for the input alone; ``backward_weight_one_chunk`` does the rest."""
-        self.backward_one_chunk(i, loss=loss, full_backward=False)
-        gradients = self.bwd_cache.pop(i)
-        return gradients[0] if gradients else None
-
-    def input_of(self, i: int) -> Tensor:
-        """Where micro-batch ``i`` arrives."""
-        buffer: Tensor | None = self.args_recv_info[i][0].buffer
-        assert buffer is not None
-        return buffer
-
-    def gradient_in(self, i: int) -> Tensor:
-        """Where the gradient of the output of micro-batch ``i`` arrives."""
-        buffer: Tensor = self.grad_recv_info[i][0].buffer
-        return buffer
-
-
-def _static_stage(mesh: Mesh, stage: Stage, module: nn.Module, num_microbatches: int, backward: bool) -> _StaticStage:
-    runner = _StaticStage(
-        module,
-        stage.index,
-        mesh.num_stages,
-        mesh.device,
-        input_args=stage.example_input,
-        output_args=stage.example_output,
-        group=mesh.pipeline_group,
-    )
-    runner.example_input, runner.example_output = stage.example_input, stage.example_output
-    ranks = sorted(set(mesh.plan.replica(mesh.replica)))
-    runner.stage_index_to_group_rank = {j: ranks.index(mesh.rank_of(j)) for j in range(mesh.num_stages)}
-    runner.has_backward = backward
-    if hasattr(runner, "_inference_mode"):  # torch 2.14
-        from torch.distributed.pipelining._utils import InferenceMode
-
-        runner._inference_mode = InferenceMode.STATIC
-        runner._prepare_forward_infra(num_microbatches, None, None, backward)
-    else:  # torch 2.11
-        runner._prepare_forward_infra(num_microbatches, ())
-    if backward:
-        runner._prepare_backward_infra(num_microbatches)
-    # torch 2.11 makes every buffer contiguous, whatever the example's strides are; 2.14 makes them like these.
-    for received, like in ((runner.args_recv_info, stage.example_input), (runner.grad_recv_info, stage.example_output)):
-        for info in itertools.chain.from_iterable(received.values()):
-            if getattr(info, "buffer", None) is not None:
-                info.buffer = torch.empty_like(like, device=mesh.device)
-                info.buffer.requires_grad_(backward and received is runner.args_recv_info)
-    return runner
 
 
 def _first_cause(error: Exception) -> BaseException:

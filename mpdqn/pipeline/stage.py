@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
@@ -33,10 +34,13 @@ class Stage:
     is_last: bool = False
     acceleration: Acceleration = field(default_factory=Acceleration)
 
-    def computing(self, layers: nn.Module) -> nn.Module:
-        """``layers``, such as this stage's online network, as they are to be computed: they share their parameters."""
+    def computing(self, layers: nn.Module, name: str = "layers") -> nn.Module:
+        """Return a module that computes ``layers``, such as this stage's online network, with its `acceleration`.
+
+        It shares their parameters. ``name`` is an identifier for the compiler's logs.
+        """
         device = next((p.device for p in layers.parameters()), torch.device("cpu"))
-        return self.acceleration.apply(layers, device, self.value_dtype if self.is_last else None)
+        return self.acceleration.apply(layers, device, self.value_dtype if self.is_last else None, name)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The online parameters, under their global names."""
@@ -48,13 +52,13 @@ class Stage:
 
         τ = 1 copies (Mnih et al. 2015), a smaller one follows slowly (Lillicrap et al. 2016). Buffers are copied.
         """
-        moving = dict(self.online.named_parameters())
-        for name, target in self.target.state_dict().items():
-            online = self.online.state_dict()[name]
-            if tau < 1.0 and name in moving:
-                target.lerp_(online, tau)
-            else:
-                target.copy_(online)
+        trained = {name for name, _ in self.online.named_parameters()} if tau < 1.0 else set()
+        online, target = self.online.state_dict(), self.target.state_dict()
+        moving, copied = [n for n in target if n in trained], [n for n in target if n not in trained]
+        if moving:
+            torch._foreach_lerp_([target[n] for n in moving], [online[n] for n in moving], tau)
+        if copied:
+            torch._foreach_copy_([target[n] for n in copied], [online[n] for n in copied])
 
 
 def build_stages(
@@ -82,10 +86,12 @@ def build_stages(
     modules = split(network, partition)
     for module in modules[1:]:
         _keep_input(module)
-    ends = _boundaries(modules, frames, microbatch_size, acceleration)
+    for index in indices:
+        modules[index].to(device)
+    ends = _boundaries(modules, frames, microbatch_size, device, acceleration)
     stages = []
     for index in indices:
-        online = modules[index].to(device)
+        online = modules[index]
         target = copy.deepcopy(online).requires_grad_(False)
         stages.append(
             Stage(
@@ -118,18 +124,31 @@ def _keep_input(module: nn.Sequential) -> None:
 
 @torch.no_grad()
 def _boundaries(
-    modules: list[nn.Sequential], frames: tuple[int, int, int], microbatch_size: int, acceleration: Acceleration
+    modules: list[nn.Sequential],
+    frames: tuple[int, int, int],
+    microbatch_size: int,
+    device: torch.device,
+    acceleration: Acceleration,
 ) -> list[Tensor]:
-    """Meta tensors of one micro-batch at the input and after each stage, seen by sending two real frames through."""
-    device = next((p.device for module in modules for p in module.parameters()), torch.device("cpu"))
+    """Meta tensors of one micro-batch at the input and after each stage, seen by sending two real frames through.
+
+    They run on ``device``, as the stages will: dtypes and strides differ between devices. CUDA's autocast computes
+    group_norm in float32 and its kernel returns contiguous memory; the CPU's does neither.
+    """
     x = torch.zeros((2, *frames), dtype=torch.uint8, device=device)
     ends = [torch.empty((microbatch_size, *frames), dtype=torch.uint8, device="meta")]
     plain = replace(acceleration, compiled=False)
     dtype = next((p.dtype for module in modules for p in module.parameters()), torch.float32)
     for module in modules:
-        x = plain.apply(module, device, dtype if module is modules[-1] else None)(x)
+        x = plain.apply(_on_device(module, device), device, dtype if module is modules[-1] else None)(x)
         channels_last = x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
         layout = torch.channels_last if channels_last else torch.contiguous_format
         end = torch.empty((microbatch_size, *x.shape[1:]), dtype=x.dtype, device="meta", memory_format=layout)
         ends.append(end.requires_grad_())
     return ends
+
+
+def _on_device(module: nn.Sequential, device: torch.device) -> nn.Sequential:
+    """``module`` where it is on ``device``, otherwise a copy there: the stages of other ranks stay where they are."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
+    return module if all(t.device == device for t in tensors) else copy.deepcopy(module).to(device)

@@ -18,10 +18,12 @@ class Stopwatch:
     def __init__(self, rank: int, device: torch.device) -> None:
         self._rank = rank
         self._cuda = device.type == "cuda"
+        self._events: list[torch.cuda.Event] = []
         self.restart()
 
     def restart(self) -> None:
-        """Begin a new step."""
+        """Begin a new step; on a GPU it records the last one's events anew, whose times are lost."""
+        self._events_used = 0
         self._marks: list[tuple[str, int, int, float | torch.cuda.Event, float | torch.cuda.Event]] = []
         self._origin = time.perf_counter()
         self._start = self._end = self.now()
@@ -38,7 +40,10 @@ class Stopwatch:
         """This moment, as `mark` takes it."""
         if not self._cuda:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        if self._events_used == len(self._events):
+            self._events.append(torch.cuda.Event(enable_timing=True))  # type: ignore[no-untyped-call]
+        event = self._events[self._events_used]
+        self._events_used += 1
         event.record()
         return event
 

@@ -276,6 +276,8 @@ class Session:
     def _finish(self, seconds: float) -> None:
         """Weights, exported policy and record of the run. Collective over the learner ranks."""
         job, weights = self._job, self._trainer.weights()
+        learner = self._trainer.learner
+        compiled = self._trainer.to_first(learner.compiled_modules) if learner is not None else []
         if not self._first:
             return
         save_weights(self._folder, weights)
@@ -287,7 +289,8 @@ class Session:
             row=f"{config.env} {config.agent}",
             round=0,
             seed=config.seed,
-            settings=job.record_settings() | {"precision": str(self._trainer.acceleration)},
+            settings=job.record_settings()
+            | {"precision": str(self._trainer.acceleration), "compiled_modules": sum(count or 0 for count in compiled)},
             values={
                 "frames": job.frames_after(job.num_rounds),
                 "updates": job.updates_after(job.num_rounds),

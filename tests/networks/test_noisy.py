@@ -2,10 +2,12 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpdqn.networks import NoisyLinear, clear_noise, initialize, make_network, noisy_layers, set_noise
 
@@ -95,6 +97,31 @@ def test_noise_is_the_same_in_every_dtype() -> None:
         set_noise(network, 0, 7, "online")
     assert all(torch.equal(noise(double)[name].float(), value) for name, value in noise(single).items())
     torch.testing.assert_close(double(frames()).float(), single(frames()))
+
+
+class CopiesToMeta(TorchDispatchMode):
+    """Keeps, for each copy from the CPU to the meta device, whether it holds the host up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocking: list[bool] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten._to_copy.default and args[0].is_cpu and kwargs["device"].type == "meta":
+            self.blocking.append(not kwargs.get("non_blocking", False))
+        if func is torch.ops.aten.copy_.default and args[0].is_meta and args[1].is_cpu:
+            self.blocking.append(not (args[2] if len(args) > 2 else False))
+        return func(*args, **kwargs)
+
+
+def test_noise_of_all_layers_travels_to_the_device_in_one_copy() -> None:
+    """Two copies for each layer, of which each held the host up, made 16 an update for Rainbow."""
+    network = noisy_network(head="dueling", num_atoms=5).to("meta")
+    assert len(noisy_layers(network)) == 4
+    with CopiesToMeta() as copies:
+        set_noise(network, 0, 0, "online")
+    assert copies.blocking == [False]
 
 
 def test_noise_belongs_to_no_checkpoint_and_initialisation_leaves_it() -> None:

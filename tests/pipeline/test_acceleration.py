@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpdqn.dqn.agents import make_agent
 from mpdqn.learner import Learner
@@ -55,12 +56,49 @@ def test_bf16_is_bf16_and_the_same_wherever_it_is_cut(alone: World) -> None:
         assert distance(cut, whole) < 1e-6
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on the CPU")
-def test_compiled_stages_compute_the_same(alone: World) -> None:
-    plain, errors = gradients(alone, (0, 9, 18), Acceleration())
-    compiled, compiled_errors = gradients(alone, (0, 9, 18), Acceleration(compiled=True))
-    assert distance(compiled, plain) < 1e-5
-    torch.testing.assert_close(compiled_errors, errors, rtol=1e-5, atol=1e-5)
+class Bfloat16Casts(TorchDispatchMode):
+    """Counts the casts to bfloat16 of tensors with these shapes."""
+
+    def __init__(self, shapes: set[torch.Size]) -> None:
+        super().__init__()
+        self.shapes, self.count = shapes, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._to_copy.default and kwargs.get("dtype") == torch.bfloat16:
+            self.count += args[0].shape in self.shapes
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("schedule", "recompute"), [("1f1b", "none"), ("1f1b", "boundaries"), ("tdzb", "all")])
+def test_trained_weights_are_cast_once_a_step_and_no_bit_changes(alone: World, schedule: str, recompute: str) -> None:
+    """Autocast forgot its casts at the end of each forward: m casts of every weight for one update."""
+    m, found, counts = 4, [], []
+    for kept in (True, False):
+        chain, agent = tiny_network(FRAMES), make_agent("double_dqn")
+        parallelism = Parallelism(pipeline=2, num_microbatches=m, schedule=schedule)
+        plan = Plan.stacked(Partition(boundaries=(0, 9, 18)), parallelism, recompute=(recompute,) * 2)
+        learner = Learner(
+            chain,
+            mesh=Mesh(alone, plan, agent.letters),
+            agent=agent,
+            batch_size=16,
+            observation_shape=FRAMES,
+            acceleration=Acceleration(precision="bf16"),
+        )
+        if not kept:
+            learner._pipeline._casts_weights = False
+        shapes = {p.shape for name, p in chain.named_parameters() if name in ("13.weight", "15.weight")}
+        assert len(shapes) == 2
+        for update in range(2):
+            with Bfloat16Casts(shapes) as casts:
+                learner.learn(filled_shards(CASE).sample(16, update))
+        counts.append(casts.count)
+        found.append({name: p.grad for name, p in learner.named_parameters() if p.grad is not None})
+    assert found[0].keys() == found[1].keys()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    without_gradient = 2 * 2 * m  # two weights, T and D
+    trained = 2 * m * (2 if recompute == "boundaries" else 1)  # in the last stage, which runs no F before its R
+    assert counts == [without_gradient + 2, without_gradient + trained]
 
 
 def test_what_is_tried() -> None:

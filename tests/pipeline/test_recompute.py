@@ -1,4 +1,4 @@
-"""`Checkpointed` and `Owned`: what they keep, and that they change no value."""
+"""`Checkpointed` and `CloneViewOutput`: what they keep, and that they change no value."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from mpdqn.networks import make_network
-from mpdqn.pipeline.recompute import Checkpointed, Owned
+from mpdqn.pipeline.recompute import Checkpointed, CloneViewOutput
 
 
 def chain() -> nn.Sequential:
@@ -45,8 +45,8 @@ def test_checkpointed_layers_keep_what_crosses_their_boundaries() -> None:
 
 def test_owned_outputs_are_no_views() -> None:
     x = torch.randn(3, 4, 2, 2, requires_grad=True)
-    flat = Owned(nn.Flatten())(x)
+    flat = CloneViewOutput(nn.Flatten())(x)
     assert not flat._is_view()
     assert torch.equal(flat, x.flatten(1))
     relu = nn.ReLU()
-    assert Owned(relu)(x).grad_fn.name() == relu(x).grad_fn.name(), "no copy where there is none to make"
+    assert CloneViewOutput(relu)(x).grad_fn.name() == relu(x).grad_fn.name(), "no copy where there is none to make"

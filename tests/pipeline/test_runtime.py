@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mpdqn.mesh import Mesh, World
 from mpdqn.networks import make_network, set_memory_format
@@ -289,6 +291,25 @@ def test_nothing_of_a_step_is_kept(alone: World, schedule: str, recompute: str) 
         assert not runner.backward_state
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("recompute", ["none", "all"])
+def test_no_activation_outlives_its_step(alone: World, schedule: str, recompute: str) -> None:
+    """Stages of one process hand their activations to one another. Those of the last step stayed alive until the next
+    step put others in their place: three passes times m boundaries at each cut."""
+    built = build(alone, network(), QUARTERS, 4, schedule, recompute=(recompute,) * 4)
+    crossing: list[weakref.ref[Tensor]] = []
+
+    def keep(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        crossing.append(weakref.ref(inputs[0]))
+
+    for stage in built.stages[1:]:
+        stage.online.register_forward_pre_hook(keep)
+        stage.target.register_forward_pre_hook(keep)
+    run(built, loss_of)
+    assert len(crossing) == 3 * 3 * 4 + (2 * 4 if recompute == "all" else 0), "the last stage runs no F before its R"
+    assert [tensor for tensor in crossing if tensor() is not None] == []
+
+
 def test_flat_is_the_memory_itself() -> None:
     x = torch.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)
     last = x.to(memory_format=torch.channels_last)
@@ -380,6 +401,18 @@ def test_a_stage_that_returns_another_shape_than_it_promised(alone: World) -> No
 # Two ranks
 
 
+class Empty(TorchDispatchMode):
+    """Counts the bytes of the memory that is made without a value on the CPU."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        if func.overloadpacket in (torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.empty_strided):
+            self.bytes += made.nbytes * made.is_cpu
+        return made
+
+
 def two_ranks() -> dict[str, Any]:
     torch.set_num_threads(1)
     found: dict[str, Any] = {}
@@ -389,6 +422,8 @@ def two_ranks() -> dict[str, Any]:
             chain = network(memory_format)
             boundaries = QUARTERS if SCHEDULES[schedule].virtual == 2 else HALVES
             built = build(world, chain, boundaries, int(m), schedule, stacked=False)
+            with Empty() as empty:
+                Pipeline(built.mesh, built.stages, built.table, PASSES)
             copies = []
 
             def flat(tensor: Tensor, like: Tensor | None = None, copies: list[bool] = copies) -> Tensor:
@@ -405,6 +440,7 @@ def two_ranks() -> dict[str, Any]:
                 sent,
                 sum(copies),
                 list(own),
+                empty.bytes,
             )
     return found
 
@@ -422,7 +458,7 @@ def test_two_ranks_compute_what_the_network_computes(two: list[dict[str, Any]], 
     virtual = SCHEDULES[order.split("-")[0]].virtual
     with torch.no_grad():
         activation = {cut: network()[:cut](frames()[0]).numel() * 8 for cut in (3, 5, 6, 8)}
-    (first, sent, _, names), (last, returned, _, other_names) = (rank[name] for rank in two)
+    (first, sent, _, names, _), (last, returned, _, other_names, _) = (rank[name] for rank in two)
     assert max(first, last) < 1e-12
     assert sorted(names + other_names) == sorted(parameter for parameter, _ in network().named_parameters())
     if virtual == 1:
@@ -432,6 +468,13 @@ def test_two_ranks_compute_what_the_network_computes(two: list[dict[str, Any]], 
     else:
         out, back = activation[3] + activation[8], activation[5]
         assert (sent, returned) == (3 * out + back, out + 3 * back)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_there_is_a_buffer_for_what_arrives_and_for_nothing_else(two: list[dict[str, Any]], order: str) -> None:
+    """They were made twice, and also where the neighbouring stage is in the same process."""
+    (_, sent, _, _, buffers), (_, returned, _, _, other_buffers) = (rank[f"contiguous-{order}"] for rank in two)
+    assert (buffers, other_buffers) == (returned, sent), "each rank receives what the other sends"
 
 
 def test_activations_travel_as_they_lie(two: list[dict[str, Any]]) -> None:

@@ -65,6 +65,23 @@ def test_the_target_follows_the_online_network(tau: float) -> None:
         assert not target.requires_grad
 
 
+@pytest.mark.parametrize("tau", [1.0, 0.7, 0.25, 0.005])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_all_tensors_at_once_move_as_each_by_itself(tau: float, dtype: torch.dtype) -> None:
+    """The names of the online network were gathered anew for each tensor of the target: quadratic in the layers."""
+    (stage,) = build_stages(network().to(dtype), Partition(boundaries=(0, 11)), (0,), FRAMES, 6, CPU)
+    gathered = []
+    stage.online.register_state_dict_pre_hook(lambda *_: gathered.append(1))
+    expected = {}
+    with torch.no_grad():
+        for (name, online), target in zip(stage.online.named_parameters(), stage.target.parameters(), strict=True):
+            online += torch.randn_like(online)
+            expected[name] = target.clone().lerp_(online, tau) if tau < 1 else online.clone()
+    stage.refresh_target(tau)
+    assert len(gathered) == 1
+    assert all(torch.equal(target, expected[name]) for name, target in stage.target.named_parameters())
+
+
 def test_buffers_are_refreshed_too() -> None:
     class Shift(nn.Module):
         def __init__(self) -> None:
@@ -102,6 +119,39 @@ def test_the_ends_of_a_stage_tell_what_crosses_them(memory_format: str) -> None:
     crossing = built[0].example_output
     last = crossing.is_contiguous(memory_format=torch.channels_last)
     assert last == (memory_format == "channels_last")
+
+
+class ByDevice(nn.Module):
+    """Float32 and contiguous on one device, as group_norm in CUDA's autocast; what came in on another."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.device.type == "cpu" else x.float().contiguous()
+
+
+@pytest.mark.parametrize("indices", [(0, 1), (0,), (1,), ()])
+def test_the_ends_of_a_stage_are_those_of_its_device(indices: tuple[int, ...]) -> None:
+    """They were found on the CPU before the network moved: bf16 and a ResNet on two GPUs ended with a ValueError, as
+    CUDA's autocast computes group_norm in float32 and the CPU's does not. The meta device stands for the GPU here."""
+    chain = nn.Sequential(
+        *(Half(), nn.Conv2d(4, 8, 3).bfloat16(), ByDevice()),
+        *(Half(), nn.Flatten(), nn.Linear(8 * 42 * 42, 2).bfloat16()),
+    ).to(memory_format=torch.channels_last)
+    before = {name: p.device for name, p in chain.named_parameters()}
+    cut, meta = Partition(boundaries=(0, 3, 6)), torch.device("meta")
+    built = build_stages(chain, cut, indices, FRAMES, 6, meta)
+    for stage in built:
+        inner = stage.example_output if stage.index == 0 else stage.example_input
+        assert inner.dtype == torch.float32
+        assert inner.is_contiguous()
+        assert {p.device for p in (*stage.online.parameters(), *stage.target.parameters())} == {meta}
+    own = {name for stage in built for name, _ in stage.named_parameters()}
+    after = {name: p.device for name, p in chain.named_parameters() if name not in own}
+    assert after == {name: device for name, device in before.items() if name not in own}, "other ranks' stages stay"
+
+
+class Half(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to(torch.bfloat16)
 
 
 def test_building_looks_at_the_network_and_leaves_it() -> None:
