@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpdqn.checkpoint.files import sync_folder
 from mpdqn.dqn.acting import ActionValues
 from mpdqn.dqn.agents import Agent
 from mpdqn.dqn.batch import Batch
@@ -50,6 +51,7 @@ def new_folder(job: TrainJob) -> Path:
         with contextlib.suppress(FileExistsError):
             folder = config.out / (name + suffix)
             folder.mkdir(parents=True)
+            sync_folder(config.out)
             return folder
     raise FileExistsError(f"{config.out / name} and 998 more exist; choose another --out")
 
