@@ -22,6 +22,12 @@ class EvaluateConfig:
 
     run: Path
     """Folder of a training run."""
+    network: str = ""
+    """The run's network again, if it is a function in a file: nothing that only a folder names is run."""
+    env: str = ""
+    """The run's environment again, if it lies in a module."""
+    trust: bool = False
+    """Run the code that the folder names without naming it again."""
     episodes: int = 10
     """Episodes to play, for each ε."""
     epsilon: float | None = None
@@ -45,9 +51,10 @@ def evaluate_run(config: EvaluateConfig) -> Table:
     """Evaluate the network of a training run; its folder gets ``evaluation.md`` and the records.
 
     Raises:
+        mpdqn.train.resume.UntrustedCode: for code that only the folder names, before any of it runs.
         ValueError: for a folder without a finished run, or a setting out of range.
     """
-    run = load_run(config.run)
+    run = load_run(config.run, network=config.network, env=config.env, trust=config.trust)
     played = run_evaluation(config, run.network, run.job.config.env, greedy=run.job.agent.greedy)
     table = evaluation_table(played)
     (config.run / "evaluation.md").write_text(table.markdown())

@@ -6,6 +6,7 @@ check ─▶ launch ─▶ on every rank: Trainer.run ─▶ progress, evaluatio
 from __future__ import annotations
 
 import uuid
+import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from mpdqn.train.config import TrainConfig, TrainJob
 from mpdqn.train.folder import new_folder
 from mpdqn.train.lock import FolderInUse, RunLock
 from mpdqn.train.rank import owned_shards
-from mpdqn.train.resume import recorded_config, run_id
+from mpdqn.train.resume import recorded_config, run_id, with_trusted_code
 from mpdqn.train.session import Session, TrainResult
 from mpdqn.train.stop import StopSignal
 
@@ -30,7 +31,9 @@ def train(config: TrainConfig | None = None, **settings: Any) -> TrainResult:
     """Train as ``mpdqn train`` does.
 
     Started by torchrun, every process calls this alike; rank 0 has the result, the others an empty one. With ``resume``
-    the run in that folder goes on with its own settings; only those given here are other ones.
+    the run in that folder goes on with its own settings; only those given here are other ones. Code that the folder
+    names (``network="my_file.py:make_network"``, ``env="module:Id"``) runs only if it is given here again, or with
+    ``trust=True``.
 
     Args:
         config: what to train; DQN on Pong by default.
@@ -38,12 +41,20 @@ def train(config: TrainConfig | None = None, **settings: Any) -> TrainResult:
 
     Raises:
         ValueError: for bad input, before any work.
+        mpdqn.train.resume.UntrustedCode: for code that only the folder names, before any of it runs.
         mpdqn.train.loop.NotANumber: at a loss that is no number.
         mpdqn.launch.WorkerError: if a worker fails, with its own error first.
     """
     if config is None and settings.get("resume") is not None:
         config = recorded_config(settings["resume"])
-    job = check(replace(config or TrainConfig(), **settings))
+    config = replace(config or TrainConfig(), **settings)
+    if config.trust and config.resume is None:
+        warnings.warn(
+            "--trust has no effect without --resume; it trusts the code that a run's folder names", stacklevel=2
+        )
+    elif config.trust:
+        config = with_trusted_code(config)
+    job = check(config)
     if launched() or job.num_ranks == 1:
         return train_rank(job)
     results: list[TrainResult] = launch(

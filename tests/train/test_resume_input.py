@@ -18,10 +18,10 @@ from mpdqn.checkpoint.folder import CheckpointFolder
 from mpdqn.checkpoint.manifest import DamagedCheckpoint, WrongCheckpoint
 from mpdqn.mesh import World
 from mpdqn.replay.rows import FRAMES
-from mpdqn.train import TrainConfig, train
+from mpdqn.train import TrainConfig, TrainResult, train
 from mpdqn.train.check import check
 from mpdqn.train.lock import FolderInUse, RunLock, in_use
-from mpdqn.train.resume import recorded_config
+from mpdqn.train.resume import recorded_config, run_id
 from mpdqn.train.run import train_in
 from mpdqn.train.status import describe, read_status
 from tests.train.settings import small
@@ -37,6 +37,12 @@ def stop_a_run(out: Path, **settings: Any) -> Path:
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stop_a_run(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """The same run without a stop."""
+    return train(small(tmp_path_factory.mktemp("whole")))
 
 
 @pytest.fixture
@@ -140,8 +146,27 @@ def test_checkpoints_of_another_run_or_network(folder: Path, tmp_path: Path) -> 
     mine = stop_a_run(tmp_path / "mine", network=f"{network}:make_network")
     network.write_text(source.replace("Conv2d(c, 4, 3", "Conv2d(c, 5, 3").replace("Linear(4 *", "Linear(5 *"))
     refused(
-        mine, "is of another network: 1.weight is float32 [4, 4, 3, 3] there and float32 [5, 4, 3, 3]", WrongCheckpoint
+        mine,
+        "is of another network: 1.weight is float32 [4, 4, 3, 3] there and float32 [5, 4, 3, 3]",
+        WrongCheckpoint,
+        trust=True,
     )
+
+
+def test_a_folder_of_an_earlier_version(folder: Path, whole: TrainResult, tmp_path: Path) -> None:
+    """Its configuration lacks what was added since. A setting whose default is not what was done before needs another
+    answer than `ADDED`."""
+    about = json.loads((Path(__file__).parent / "config-0.1.0.json").read_text())
+    about["run"] = run_id(folder)
+    (folder / "config.json").write_text(json.dumps(about))
+    older = Path(shutil.copytree(folder, tmp_path / "older"))
+    again = train(resume=folder)
+    assert again.episodes == whole.episodes
+    del about["config"]["env_workers"]
+    (older / "config.json").write_text(json.dumps(about))
+    refused(older, "has the settings [] too many and ['env_workers'] too few; resume with the version of mpdqn that")
+    with pytest.raises(ValueError, match=r"that began the run \(0\.1\.0\)"):
+        train(resume=older)
 
 
 def test_no_checkpoint_that_is_whole(folder: Path) -> None:
@@ -150,10 +175,9 @@ def test_no_checkpoint_that_is_whole(folder: Path) -> None:
     refused(folder, "none of the 1 checkpoints in", DamagedCheckpoint)
 
 
-def test_a_run_without_a_checkpoint_begins_anew(folder: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_checkpoint_begins_anew(folder: Path, whole: TrainResult) -> None:
     """It was killed before its first."""
     shutil.rmtree(folder / "checkpoints")
-    whole = train(small(tmp_path / "whole"))
     again = train(resume=folder)
     assert again.folder == folder
     assert again.episodes == whole.episodes
