@@ -216,20 +216,8 @@ class TrainJob:
     def record_settings(self) -> dict[str, Value]:
         """Everything that makes this run what it is, flat: runs that agree in it are seeds of one line."""
         incidental = (
-            *(
-                "seed",
-                "out",
-                "port",
-                "timeout",
-                "wandb",
-                "smoke",
-                "replay_dir",
-                "env_workers",
-                "log_every",
-                "resume",
-                "trust",
-            ),
-            *("checkpoint_minutes", "checkpoint_every", "checkpoint_at_end", "keep_checkpoints"),
+            *("seed", "out", "port", "timeout", "wandb", "smoke", "replay_dir", "env_workers", "log_every", "resume"),
+            *("checkpoint_minutes", "checkpoint_every", "checkpoint_at_end", "keep_checkpoints", "trust"),
         )
         chosen = {name: value for name, value in asdict(self.config).items() if name not in incidental}
         settings = asdict(self.settings)

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,11 +19,13 @@ from mpdqn.checkpoint.manifest import DamagedCheckpoint, WrongCheckpoint
 from mpdqn.mesh import World
 from mpdqn.replay.rows import FRAMES
 from mpdqn.train import TrainConfig, TrainResult, train
+from mpdqn.train import run as running
 from mpdqn.train.check import check
 from mpdqn.train.lock import FolderInUse, RunLock, in_use
 from mpdqn.train.resume import recorded_config, run_id
 from mpdqn.train.run import train_in
 from mpdqn.train.status import describe, read_status
+from mpdqn.train.stop import StopSignal
 from tests.train.settings import small
 from tests.train.stopping import train_for
 
@@ -116,6 +118,62 @@ def test_a_run_that_is_being_trained(folder: Path) -> None:
         with World.open("cpu", 60) as world, pytest.raises(FolderInUse, match=r"is being trained by process \d+ on "):
             train_in(world, replace(job, config=replace(job.config, resume=folder)))
     assert not in_use(folder)
+
+
+class Intruding(StopSignal):
+    """While a run is under way, `attempt` is made once; then the run is stopped."""
+
+    def __init__(self, attempt: Callable[[], None]) -> None:
+        self._attempt, self._rounds = attempt, 0
+        super().__init__()
+
+    @property
+    def received(self) -> bool:  # type: ignore[override]
+        self._rounds += 1
+        if self._rounds == 70:  # the first update came after round 62
+            self._attempt()
+        return self._rounds > 70
+
+    @received.setter
+    def received(self, value: bool) -> None:
+        """It begins as not received."""
+
+
+def test_replay_that_a_live_run_has_mapped_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was stopped had its replay there; its files were cleared away, and another run has its own there now.
+    Resuming the first deleted the frames of the second while that trained."""
+    scratch = tmp_path / "scratch"
+    first = stop_a_run(tmp_path / "first", replay_dir=scratch)
+    for path in scratch.glob("shard-*"):
+        shutil.rmtree(path)
+    job = check(recorded_config(first))  # and as where the second began a moment later
+    attempts: list[str] = []
+
+    def intrude() -> None:
+        before = {path: path.stat().st_ino for path in scratch.glob(f"shard-*/{FRAMES}")}
+        assert len(before) == 4
+        with monkeypatch.context() as patch:
+            patch.setattr(running, "StopSignal", StopSignal)
+            with pytest.raises(FolderInUse) as late:
+                train_in(world, job)
+            with pytest.raises(FolderInUse) as early:
+                train(resume=first)
+            with pytest.raises(FolderInUse) as fresh:
+                train(small(tmp_path / "third", replay_dir=scratch))
+        attempts.extend(str(caught.value) for caught in (early, fresh, late))
+        assert {path: path.stat().st_ino for path in scratch.glob(f"shard-*/{FRAMES}")} == before
+        assert not (tmp_path / "third").exists() or not list((tmp_path / "third").iterdir())
+
+    monkeypatch.setattr(running, "StopSignal", lambda: Intruding(intrude))
+    with World.open("cpu", 60) as world:
+        second = train_in(world, check(small(tmp_path / "second", replay_dir=scratch)))
+    assert second.stopped_at == 8 * 71
+    assert len(attempts) == 3
+    for text in attempts:
+        assert text.startswith(f"--replay-dir {scratch} has the replay of a live run, shard 0 of process {os.getpid()}")
+        assert "\n" not in text
+    assert read_status(second.folder).state == "stopped"
+    assert read_status(first).state == "stopped"
 
 
 def test_a_run_that_has_ended(tmp_path: Path) -> None:
