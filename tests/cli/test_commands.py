@@ -23,7 +23,9 @@ FLAGS = {
         --resume --trust --seed --out --wandb --timeout --port --smoke
     """,
     "status": "",
-    "evaluate": "--run --network --env --trust --episodes --epsilon --video --seed --num-envs --workers",
+    "evaluate": """
+        --run --network --env --trust --episodes --epsilon --video --seed --num-envs --workers --max-steps --device
+    """,
     "curves": "--runs --out --column --average --band --window",
 }
 
