@@ -41,7 +41,7 @@ from mpdqn.mesh import Mesh, World, launched_local_world_size
 from mpdqn.networks import MemoryFormat, choose_memory_format, set_memory_format
 from mpdqn.partition import profile
 from mpdqn.plan import Profile
-from mpdqn.records import RECORDS, TABLES, TRACES, Record, Value, append_records, read_records
+from mpdqn.records import RECORDS, TABLES, TRACES, Record, Value, append_records, read_records, without_places
 from mpdqn.replay import VirtualShards
 from mpdqn.timeline import LATE, Timeline
 
@@ -118,7 +118,7 @@ class Trials:
                 "config": asdict(self._config),
                 "network": self._job.network_name,
             }
-            (folder / "environment.json").write_text(json.dumps(about, indent=1, default=str) + "\n")
+            (folder / "environment.json").write_text(json.dumps(without_places(about), indent=1, default=str) + "\n")
             (folder / "profile.json").write_text(self._profile.to_json() + "\n")
             (folder / TABLES).mkdir()
             for layout, arranged in self._arranged.items():

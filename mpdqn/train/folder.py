@@ -33,7 +33,7 @@ from mpdqn.dqn.acting import ActionValues
 from mpdqn.dqn.agents import Agent
 from mpdqn.dqn.batch import Batch
 from mpdqn.environments import EnvironmentSpec
-from mpdqn.records import RECORDS, Record, read_records
+from mpdqn.records import RECORDS, Record, read_records, without_place, without_places
 from mpdqn.train.check import check
 from mpdqn.train.config import TrainConfig, TrainJob
 from mpdqn.train.resume import CONFIG, NOT_RECORDED, PROVENANCE, check_code, code_named_by
@@ -58,11 +58,14 @@ def new_folder(job: TrainJob) -> Path:
 
 def write_config(folder: Path, job: TrainJob, plan: dict[str, Any], run: str) -> None:
     """Write what will be run: configuration, settings, plan, what the run is called in its checkpoints, and where."""
+    config = {name: value for name, value in asdict(job.config).items() if name not in NOT_RECORDED}
+    # Where the folder itself lies says nothing to whoever resumes it elsewhere; the other paths are needed for that.
+    config |= {name: without_places(config[name]) for name in ("out", "resume")}
     about = {
         "run": run,
-        "config": {name: value for name, value in asdict(job.config).items() if name not in NOT_RECORDED},
+        "config": config,
         "settings": asdict(job.settings),
-        "network": job.network_name,
+        "network": without_place(job.network_name),
         "spec": asdict(job.spec),
         "layout": job.layout.name,
         "plan": plan,

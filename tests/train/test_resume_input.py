@@ -179,6 +179,8 @@ def test_replay_that_a_live_run_has_mapped_is_left_alone(tmp_path: Path, monkeyp
 def test_a_run_that_has_ended(tmp_path: Path) -> None:
     result = train(small(tmp_path, checkpoint_every=800))
     assert not CheckpointFolder(result.folder).found(), "a run that has ended needs none"
+    for name in ("config.json", "environment.json", "records.jsonl"):
+        assert str(tmp_path) not in (result.folder / name).read_text(), "where it lay is nobody's business"
     refused(result.folder, "is finished, all its 1600 frames are played; give more --frames")
     refused(result.folder, "is finished and has no checkpoint of its end, to train on to 2000 frames", frames=2_000)
 
