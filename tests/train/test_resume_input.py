@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from mpdqn.checkpoint.folder import CheckpointFolder
-from mpdqn.checkpoint.manifest import DamagedCheckpoint, WrongCheckpoint
+from mpdqn.checkpoint.manifest import DamagedCheckpoint, WrongCheckpoint, _digest
 from mpdqn.mesh import World
 from mpdqn.replay.rows import FRAMES
 from mpdqn.train import TrainConfig, TrainResult, train
@@ -233,6 +233,26 @@ def test_no_checkpoint_that_is_whole(folder: Path) -> None:
     for path in (folder / "checkpoints").glob("*/rank-0.bin"):
         path.write_bytes(path.read_bytes()[:-1])
     refused(folder, "none of the 1 checkpoints in", DamagedCheckpoint)
+
+
+def test_a_checkpoint_whose_digests_are_right_and_whose_content_is_not(folder: Path) -> None:
+    """It raised TypeError, KeyError or RuntimeError, on the rank that came to it first."""
+    (path,) = (folder / "checkpoints").glob("0*/manifest.json")
+    body = json.loads(path.read_text())
+    del body["digest"]
+    counters, tensors = body["counters"], body["tensors"]
+    without = {name: value for name, value in tensors.items() if not name.startswith("games.2.")}
+    ring = tensors["replay.1.written"]
+    for changes, message in (
+        ({"counters": counters | {"row_before": None}}, "is damaged: its counter row_before is 'None'"),
+        ({"counters": counters | {"steps_played": "9"}}, "is damaged: its counter steps_played is '9'"),
+        ({"tensors": tensors | {"replay.1.written": ring | {"shape": [2, 1]}}}, "cannot be restored: "),
+        ({"tensors": without}, "cannot be restored: KeyError('games.2."),
+        ({"tensors": tensors | {"queue.0": ring}}, "cannot be restored: IndexError("),
+    ):
+        changed = body | changes
+        path.write_text(json.dumps(changed | {"digest": _digest(changed)}))
+        refused(folder, message, DamagedCheckpoint)
 
 
 def test_a_run_without_a_checkpoint_begins_anew(folder: Path, whole: TrainResult) -> None:
