@@ -27,6 +27,9 @@ from mpdqn.scores import Interval, bootstrap_interval, human_normalized, iqm
 EVALUATION_EPSILON = 0.001
 """The ε of Dopamine's evaluation (Castro et al. 2018); Mnih et al. 2015 used 0.05."""
 
+MOST_FRAMES = 108_000
+"""Frames after which an episode is cut short, as Atari's are: a greedy policy may stand still for ever."""
+
 ROWS = 8  # observations in each call of the network
 Greedy = Callable[[Tensor], Tensor]
 Watch = Callable[[NDArray[np.uint8]], None]
@@ -118,7 +121,8 @@ def evaluate(
             `argmax`.
         num_envs: how many episodes are played at a time; best a multiple of 8. One that is over waits for the others.
         device: where the network is.
-        max_steps: agent steps after which an episode is cut short, besides the environment's own limit.
+        max_steps: agent steps after which an episode is cut short, besides the environment's own limit; default: those
+            of `MOST_FRAMES`.
         num_threads: threads that step Atari games; 0 leaves it to the cores.
         workers: processes in which simulators written in Python run; 0 is this one (and one for what MuJoCo draws).
         bins: values of each dimension of a continuous action; None for 3.
@@ -132,6 +136,7 @@ def evaluate(
     if not 0 <= epsilon <= 1:
         raise ValueError(f"epsilon is {epsilon}, but a probability lies in [0, 1]; for greedy play give 0")
     spec = environment_spec(environment, bins=bins)
+    limit = MOST_FRAMES // spec.frames_per_action if max_steps is None else max_steps
     policy = _Policy(network, greedy, spec, epsilon=epsilon, seed=seed, device=torch.device(device))
     start = time.perf_counter()
     played: list[_Episode] = []
@@ -149,7 +154,7 @@ def evaluate(
                 bins=bins,
             )
             try:
-                played += _wave(games, policy, first, spec.action_shape, max_steps, _ignore if first else watch)
+                played += _wave(games, policy, first, spec.action_shape, limit, _ignore if first else watch)
             finally:
                 games.close()
     finally:
@@ -178,7 +183,7 @@ class _Episode:
 
 
 def _wave(
-    games: Any, policy: _Policy, first: int, action_shape: tuple[int, ...], max_steps: int | None, watch: Watch
+    games: Any, policy: _Policy, first: int, action_shape: tuple[int, ...], max_steps: int, watch: Watch
 ) -> list[_Episode]:
     """Play episodes ``first``, ``first`` + 1, … in ``games``, one in each, until all are over."""
     episodes = [_Episode() for _ in games.indices]

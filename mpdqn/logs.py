@@ -67,9 +67,24 @@ class Logs:
 
 
 def check_logs(*, wandb: bool = False) -> None:
-    """Raise ValueError if a log is asked for whose extra is not installed; before a run has cost anything."""
-    if wandb and importlib.util.find_spec("wandb") is None:
+    """Raise ValueError if a log is asked for that cannot be had, before a run has cost anything.
+
+    For Weights & Biases that is a missing extra, or missing credentials, unless its environment says that it stays
+    offline. In a terminal it asks for the key, as its own programs do.
+    """
+    if not wandb:
+        return
+    if importlib.util.find_spec("wandb") is None:
         raise ValueError("logging to Weights & Biases needs wandb; pip install 'mpdqn[wandb]'")
+    import wandb as weights_and_biases
+
+    try:
+        weights_and_biases.login(verify=False)  # finds credentials wherever it will look for them, without the network
+    except weights_and_biases.Error as error:
+        text = " ".join(str(error).split()).rstrip(".")
+        raise ValueError(
+            f"logging to Weights & Biases: {text}; or set WANDB_MODE=offline, or leave --wandb out"
+        ) from error
 
 
 def open_logs(folder: Path, *, wandb: bool = False, config: Mapping[str, Any], resume_at: int | None = None) -> Logs:

@@ -1,6 +1,7 @@
 """`Record`: one measurement, one JSON line, with the environment it was taken in.
 
-Every table and plot is a function of record files, so a record says by itself what was measured, where and how.
+Every table and plot is a function of record files, so a record says by itself what was measured, where and how. It is
+made to be shown to others: no path in it says where on a machine something lies (`without_place`).
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,6 +28,8 @@ TRACES = "traces"
 
 TABLES = "tables"
 """The subfolder of the action tables that ran."""
+
+_ABSOLUTE = re.compile(r"""(?<![^\s'"(\[{,;=])/[^\s/'")\]},;][^'")\]},;]*""")
 
 Value = float | int | str | bool | None | Sequence[float]
 
@@ -51,7 +55,7 @@ class Environment:
             hardware=f"{devices}, {cpu}" if devices else cpu,
             cores=len(os.sched_getaffinity(0)),
             memory_gib=round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
-            command=" ".join([_program(Path(sys.argv[0])), *sys.argv[1:]]),
+            command=" ".join([_program(), *(without_place(argument) for argument in sys.argv[1:])]),
         )
 
 
@@ -69,6 +73,10 @@ class Record:
     settings: Mapping[str, Value]
     values: Mapping[str, Value]
     environment: Environment = field(repr=False)
+
+    def __post_init__(self) -> None:
+        settings = {n: without_places(value) if isinstance(value, str) else value for n, value in self.settings.items()}
+        object.__setattr__(self, "settings", settings)
 
     def to_json(self) -> str:
         """This record as one line of JSON."""
@@ -101,9 +109,40 @@ def read_records(path: Path) -> Iterator[Record]:
             raise ValueError(f"{path}, line {number} is not a record of this version: {error}") from error
 
 
-def _program(path: Path) -> str:
-    """The program's name: of a package that was run with ``python -m``, the package's."""
-    return path.parent.name if path.name == "__main__.py" else path.name
+def without_place(text: str) -> str:
+    """Return ``text`` with each absolute path in it made relative to the working directory, or cut to its last part.
+
+    A path begins the text or follows a blank, a quotation mark, a bracket, a comma or an equals sign.
+    """
+
+    def shorter(match: re.Match[str]) -> str:
+        path = Path(match.group())
+        here = Path.cwd()
+        return str(path.relative_to(here)) if path.is_relative_to(here) else path.name
+
+    return _ABSOLUTE.sub(shorter, text)
+
+
+def without_places(data: Any) -> Any:
+    """Return ``data``, of JSON's kinds, paths and tuples, with every path in it as `without_place` has it."""
+    if isinstance(data, Path):
+        return without_place(str(data))
+    if isinstance(data, str):
+        return without_place(data) if data.startswith("/") else data
+    if isinstance(data, Mapping):
+        return {name: without_places(value) for name, value in data.items()}
+    if isinstance(data, list | tuple):
+        return [without_places(value) for value in data]
+    return data
+
+
+def _program() -> str:
+    """How this process was started: ``mpdqn``, ``python -m`` and a module's name, or a script's name."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    if spec is None:
+        return Path(sys.argv[0]).name
+    module = spec.name.removesuffix(".__main__")
+    return module if module == "mpdqn" else f"python -m {module}"
 
 
 def _version(package: str) -> str:

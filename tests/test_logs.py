@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -98,6 +99,32 @@ def test_weights_and_biases_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert done.returncode == 0, done.stderr
     assert len(read_progress(tmp_path / "run")) == 2
     assert list((tmp_path / "run" / "wandb").glob("offline-run-*/run-run.wandb"))
+
+
+def test_weights_and_biases_without_a_key(tmp_path: Path) -> None:
+    """It was told by a traceback, after the run's folder was made."""
+    pytest.importorskip("wandb")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_")} | {"HOME": str(tmp_path)}
+    command = [
+        sys.executable,
+        "-m",
+        "mpdqn",
+        "train",
+        "--env",
+        "minatar-breakout",
+        "--smoke",
+        "--wandb",
+        "--out",
+        "runs",
+    ]
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("mpdqn train: logging to Weights & Biases: ")
+    assert "set WANDB_MODE=offline" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
 
 
 def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import nn
 
 from mpdqn.bench.tables import NOTHING, Table
 from mpdqn.evaluate import EVALUATION_EPSILON, Evaluation, Greedy, argmax, evaluate
+from mpdqn.mesh import check_device
 from mpdqn.records import RECORDS, Environment, Record, append_records
 from mpdqn.train import load_run
 from mpdqn.video import open_video
@@ -22,6 +24,12 @@ class EvaluateConfig:
 
     run: Path
     """Folder of a training run."""
+    network: str = ""
+    """The run's network again, if it is a function in a file: nothing that only a folder names is run."""
+    env: str = ""
+    """The run's environment again, if it lies in a module."""
+    trust: bool = False
+    """Run the code that the folder names without naming it again."""
     episodes: int = 10
     """Episodes to play, for each ε."""
     epsilon: float | None = None
@@ -34,6 +42,10 @@ class EvaluateConfig:
     """Episodes played at a time; the result does not depend on it."""
     workers: int = 0
     """Processes that step slow simulators; 0 steps them in this one. The result does not depend on it."""
+    max_steps: int | None = None
+    """Agent steps after which an episode is cut short; default: 108,000 frames, as in training."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where the network is."""
 
     @property
     def epsilons(self) -> tuple[float, ...]:
@@ -45,13 +57,17 @@ def evaluate_run(config: EvaluateConfig) -> Table:
     """Evaluate the network of a training run; its folder gets ``evaluation.md`` and the records.
 
     Raises:
+        mpdqn.train.resume.UntrustedCode: for code that only the folder names, before any of it runs.
         ValueError: for a folder without a finished run, or a setting out of range.
     """
-    run = load_run(config.run)
-    played = run_evaluation(config, run.network, run.job.config.env, greedy=run.job.agent.greedy)
+    check_device(config.device)
+    run = load_run(config.run, network=config.network, env=config.env, trust=config.trust)
+    network, env = run.network.to(config.device), run.job.config.env
+    played = run_evaluation(config, network, env, greedy=run.job.agent.greedy, device=config.device)
+    devices = torch.cuda.get_device_name() if config.device == "cuda" else ""
     table = evaluation_table(played)
     (config.run / "evaluation.md").write_text(table.markdown())
-    append_records(config.run / RECORDS, evaluation_records(played, Environment.current()))
+    append_records(config.run / RECORDS, evaluation_records(played, Environment.current(devices)))
     return table
 
 
@@ -81,6 +97,7 @@ def run_evaluation(
             num_envs=config.num_envs,
             workers=config.workers,
             device=device,
+            max_steps=config.max_steps,
             **watch,  # type: ignore[arg-type]
         )
 

@@ -39,7 +39,7 @@ from mpdqn.partition import profile
 from mpdqn.pipeline.acceleration import Acceleration
 from mpdqn.plan import Profile
 from mpdqn.progress_bar import ProgressBar
-from mpdqn.records import RECORDS, TABLES, TRACES, Record, Value, append_records, read_records
+from mpdqn.records import RECORDS, TABLES, TRACES, Record, Value, append_records, read_records, without_places
 from mpdqn.replay import VirtualShards
 from mpdqn.timeline import LATE, Timeline
 from mpdqn.workload.acceleration import agree_on_acceleration
@@ -119,7 +119,7 @@ class Trials:
                 "config": asdict(self._config),
                 "network": self._job.network_name,
             }
-            (folder / "environment.json").write_text(json.dumps(about, indent=1, default=str) + "\n")
+            (folder / "environment.json").write_text(json.dumps(without_places(about), indent=1, default=str) + "\n")
             (folder / "profile.json").write_text(self._profile.to_json() + "\n")
             (folder / TABLES).mkdir()
             for layout, arranged in self._arranged.items():

@@ -1,5 +1,6 @@
 """Checkpoints of a run that any layout can go on from.
 
+entries.py   the entries of a manifest, which check themselves
 manifest.py  what a checkpoint holds, as JSON that tells damage, other versions and other runs
 files.py     files with a digest
 rows.py      the frames of replay, each written once: files of rows that several checkpoints share

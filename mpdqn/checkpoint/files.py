@@ -10,7 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from mpdqn.checkpoint.manifest import DamagedCheckpoint, FileEntry
+from mpdqn.checkpoint.entries import FileEntry
+from mpdqn.checkpoint.manifest import DamagedCheckpoint
 
 BLOCK = 1 << 20
 """Bytes at a time: neither hashing nor writing holds Python's lock meanwhile, and after each a writer may rest."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -13,13 +15,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from mpdqn.checkpoint.entries import RowsEntry, ShardRows
 from mpdqn.checkpoint.files import check_file
 from mpdqn.checkpoint.folder import CheckpointFolder
-from mpdqn.checkpoint.manifest import DamagedCheckpoint, Manifest, RowsEntry, ShardRows, WrongCheckpoint
+from mpdqn.checkpoint.manifest import DamagedCheckpoint, Manifest, WrongCheckpoint
 from mpdqn.checkpoint.rows import check_rows, load_rows
 from mpdqn.checkpoint.storage import RawReader
 from mpdqn.mesh import World
 from mpdqn.replay import VirtualShards
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,16 +109,8 @@ def load_tensors(world: World, choice: Choice, targets: dict[str, Tensor]) -> No
         WrongCheckpoint: if a name is missing, or of another shape or dtype.
         DamagedCheckpoint: if a file cannot be read any more.
     """
-    entries = choice.manifest.tensors
-    for name, target in targets.items():
-        entry = entries.get(name)
-        have = str(target.dtype).removeprefix("torch."), tuple(target.shape)
-        if entry is None or (entry.dtype, entry.shape) != have:
-            there = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
-            raise WrongCheckpoint(
-                f"{choice.folder} holds {there} as {name} and {have[0]} {list(have[1])} is needed; resume with the "
-                "settings of the run"
-            )
+    with on_every_rank(world, choice):
+        _check_targets(choice, targets)
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     group = world.group(range(world.size), "gloo", "checkpoints")
     reader = RawReader(choice.folder, choice.manifest)
@@ -124,6 +121,50 @@ def load_tensors(world: World, choice: Choice, targets: dict[str, Tensor]) -> No
         raise DamagedCheckpoint(f"{choice.folder} could not be read: {cause} (rank {rank})") from error
 
 
+def _check_targets(choice: Choice, targets: Mapping[str, Tensor]) -> None:
+    for name, target in targets.items():
+        entry = choice.manifest.tensors.get(name)
+        have = str(target.dtype).removeprefix("torch."), tuple(target.shape)
+        if entry is None or (entry.dtype, entry.shape) != have:
+            there = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
+            raise WrongCheckpoint(
+                f"{choice.folder} holds {there} as {name} and {have[0]} {list(have[1])} is needed; resume with the "
+                "settings of the run"
+            )
+
+
+@contextmanager
+def on_every_rank(world: World, choice: Choice) -> Iterator[None]:
+    """Raise what one rank finds wrong with the checkpoint on every rank, so that no rank waits for it in vain.
+
+    Collective over the world: every rank enters and leaves, and calls nothing collective in between.
+
+    Raises:
+        WrongCheckpoint: if the lowest rank with an error had this one.
+        DamagedCheckpoint: for any other error that what was read can cause.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except torch.OutOfMemoryError:  # says nothing about the checkpoint
+        raise
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, OSError) as caught:
+        error = caught
+    told = _from_all(world, _described(error, choice))
+    for wrong, text in (one for one in told if one is not None):
+        raise (WrongCheckpoint if wrong else DamagedCheckpoint)(text) from error
+
+
+def _described(error: Exception | None, choice: Choice) -> tuple[bool, str] | None:
+    """Whether an error tells of a wrong checkpoint or of a damaged one, and its text in one line."""
+    if error is None:
+        return None
+    if isinstance(error, (WrongCheckpoint, DamagedCheckpoint)):
+        return isinstance(error, WrongCheckpoint), str(error)
+    text = " ".join(str(error if isinstance(error, ValueError) else repr(error)).split())
+    return False, f"{choice.folder} cannot be restored: {text}"
+
+
 def empty(choice: Choice, names: Sequence[str]) -> dict[str, Tensor]:
     """New tensors on the CPU for `load_tensors`, with the shapes and dtypes that the checkpoint has for ``names``."""
     entries = choice.manifest.tensors
@@ -131,7 +172,7 @@ def empty(choice: Choice, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def load_frames(choice: Choice, shards: VirtualShards) -> None:
-    """The frames of all owned shards that are not gone; their cursors must be loaded already."""
+    """Load the frames of all owned shards that are not gone; their cursors must be loaded already."""
     for v, place in choice.rows.items():
         load_rows(place, choice.manifest.rows[v].files, shards[v])
 
@@ -157,12 +198,11 @@ def _place(folder: CheckpointFolder, number: int, rows: ShardRows) -> Path | Non
     return None
 
 
-def _from_all(world: World, value: tuple[str | None, list[str], dict[int, str]]) -> list[
-    tuple[str | None, list[str], dict[int, str]]
-]:  # fmt: skip
+def _from_all(world: World, value: T) -> list[T]:
+    """The values of all ranks, by rank. Collective over the world."""
     if world.size == 1:
         return [value]
-    values: list[tuple[str | None, list[str], dict[int, str]] | None] = [None] * world.size
+    values: list[Any] = [None] * world.size
     with world.waiting("waiting for all ranks to look at a checkpoint"):
         dist.all_gather_object(values, value, group=world.lobby)
-    return [v for v in values if v is not None]
+    return values

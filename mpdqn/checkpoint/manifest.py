@@ -15,10 +15,25 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
+from mpdqn.checkpoint.entries import (
+    FileEntry,
+    MalformedEntry,
+    ShardRows,
+    TensorEntry,
+    check_array,
+    check_count,
+    check_list,
+    check_mapping,
+    check_name,
+    check_text,
+)
+
 FORMAT = 1
 """Raised whenever an older mpdqn could not read, or would misread, what is written."""
 
 MANIFEST = "manifest.json"
+
+_END_OF_TIME = 253_402_300_800  # the year 10,000, in seconds since 1970: the last that can be printed as a date
 
 
 class DamagedCheckpoint(ValueError):
@@ -27,47 +42,6 @@ class DamagedCheckpoint(ValueError):
 
 class WrongCheckpoint(ValueError):
     """A checkpoint that is whole but cannot be gone on from here: of another version, run or network."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileEntry:
-    """A file's size in bytes and the SHA-256 of its content in hexadecimal digits."""
-
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class TensorEntry:
-    """Where a tensor's elements lie, in order and without gaps: ``bytes`` bytes of ``file`` from ``offset`` on."""
-
-    file: str
-    offset: int
-    bytes: int
-    dtype: str
-    shape: tuple[int, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RowsEntry:
-    """A file of a shard's frames: for each of its environments the rows of positions ``first`` up to ``stop``.
-
-    ``file`` is relative to the folder of rows, see `mpdqn.checkpoint.folder`; ``entry`` says how it must be.
-    """
-
-    file: str
-    first: tuple[int, ...]
-    stop: tuple[int, ...]
-    entry: FileEntry
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardRows:
-    """The frames of one shard: all files of them, oldest first, in ``folder`` on ``host``."""
-
-    host: str
-    folder: str
-    files: tuple[RowsEntry, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +98,8 @@ class Manifest:
             written = body["format"]
             if _digest(body) != digest:
                 raise DamagedCheckpoint(f"{where} is damaged: its digest is {_digest(body)[:12]}, not {digest[:12]}")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            check_count("format", written)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             if isinstance(error, DamagedCheckpoint):
                 raise
             raise DamagedCheckpoint(f"{where} is damaged: {error!r}") from error
@@ -135,18 +110,37 @@ class Manifest:
             )
         if set(body) != {field.name for field in fields(cls)}:
             raise DamagedCheckpoint(f"{where} is damaged: it has the fields {sorted(body)}")
-        return cls(
-            **body
-            | {
-                "parameters": {name: (dtype, tuple(shape)) for name, (dtype, shape) in body["parameters"].items()},
-                "files": {name: FileEntry(**entry) for name, entry in body["files"].items()},
-                "tensors": {
-                    name: TensorEntry(**entry | {"shape": tuple(entry["shape"])})
-                    for name, entry in body["tensors"].items()
-                },
-                "rows": {int(number): _shard_rows(entry) for number, entry in body["rows"].items()},
-            }
-        )
+        try:
+            manifest = cls(**body | _entries(body))
+            manifest._check()
+        except MalformedEntry as error:
+            raise DamagedCheckpoint(f"{where} is damaged: {error}") from error
+        return manifest
+
+    def _check(self) -> None:
+        """Raise MalformedEntry unless all fields are of their types and every tensor lies in a file with a digest."""
+        for name in ("run", "layout", "version"):
+            check_text(name, getattr(self, name))
+        for name in ("round", "frames", "updates"):
+            check_count(name, getattr(self, name))
+        check_mapping("plan", self.plan)
+        check_mapping("counters", self.counters)
+        if type(self.written) not in (int, float) or not 0 <= self.written < _END_OF_TIME:
+            raise MalformedEntry(f"written is {self.written!r}, not a time")
+        for name in self.files:
+            check_name(name)
+        if MANIFEST in self.files:
+            raise MalformedEntry(f"{MANIFEST} is listed among its own files")
+        for name, entry in self.tensors.items():
+            size = self.files[entry.file].bytes if entry.file in self.files else None
+            if size is None:
+                raise MalformedEntry(f"tensor {name!r} lies in {entry.file}, which has no digest")
+            if entry.offset + entry.bytes > size:
+                raise MalformedEntry(
+                    f"tensor {name!r} ends at byte {entry.offset + entry.bytes} of {entry.file}, which has {size}"
+                )
+        for number, rows in self.rows.items():
+            rows.check_folder(number)
 
     @classmethod
     def read(cls, folder: Path) -> Self:
@@ -171,17 +165,27 @@ def folder_name(rounds: int) -> str:
     return f"{rounds:012d}"
 
 
-def _shard_rows(data: dict[str, Any]) -> ShardRows:
-    files = tuple(
-        RowsEntry(
-            file=rows["file"],
-            first=tuple(rows["first"]),
-            stop=tuple(rows["stop"]),
-            entry=FileEntry(**rows["entry"]),
-        )
-        for rows in data["files"]
-    )
-    return ShardRows(host=data["host"], folder=data["folder"], files=files)
+def _entries(body: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a manifest that hold entries, from their JSON form."""
+    parameters: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for name, value in check_mapping("parameters", body["parameters"]).items():
+        pair = check_list(name, value)
+        if len(pair) != 2:
+            raise MalformedEntry(f"parameter {name!r} has {len(pair)} fields, not dtype and shape")
+        dtype, shape = pair[0], check_list(name, pair[1])
+        check_array(dtype, shape)
+        parameters[name] = (dtype, shape)
+    rows = {}
+    for number, value in check_mapping("rows", body["rows"]).items():
+        if not number.isdecimal() or len(number) > 9 or str(int(number)) != number:
+            raise MalformedEntry(f"rows has the shard {number!r}, not a number")
+        rows[int(number)] = ShardRows.from_dict(value)
+    return {
+        "parameters": parameters,
+        "files": {n: FileEntry.from_dict(entry) for n, entry in check_mapping("files", body["files"]).items()},
+        "tensors": {n: TensorEntry.from_dict(entry) for n, entry in check_mapping("tensors", body["tensors"]).items()},
+        "rows": rows,
+    }
 
 
 def _digest(body: Mapping[str, Any]) -> str:

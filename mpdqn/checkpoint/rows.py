@@ -18,8 +18,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from mpdqn.checkpoint.entries import RowsEntry
 from mpdqn.checkpoint.files import DigestedFile, Pace, check_file
-from mpdqn.checkpoint.manifest import DamagedCheckpoint, RowsEntry
+from mpdqn.checkpoint.manifest import DamagedCheckpoint
 from mpdqn.replay import Shard
 
 
@@ -90,17 +91,33 @@ def load_rows(folder: Path, rows: Sequence[RowsEntry], shard: Shard) -> None:
         DamagedCheckpoint: if they are not all that the ring held.
     """
     covered = np.maximum(shard.written - shard.length, 0)
+    row_bytes = shard.frames[0].nbytes
     for one in rows:
-        with (folder / one.file).open("rb") as file:
+        path = folder / one.file
+        if len(one.first) != shard.num_envs or one.entry.bytes != one.num_rows * row_bytes:
+            raise DamagedCheckpoint(
+                f"{path} holds {one.entry.bytes} bytes, {one.num_rows} rows of {len(one.first)} environments, but "
+                f"shard {shard.index} has {shard.num_envs} environments and {row_bytes} bytes in a row"
+            )
+        with path.open("rb") as file:
             for env, (first, stop) in enumerate(zip(one.first, one.stop, strict=True)):
                 if first > covered[env]:
                     raise DamagedCheckpoint(
-                        f"{folder / one.file} begins at row {first} of environment {env} of shard {shard.index} but "
+                        f"{path} begins at row {first} of environment {env} of shard {shard.index} but "
                         f"rows {covered[env]} to {first - 1} are in no file"
+                    )
+                if stop > shard.written[env]:
+                    raise DamagedCheckpoint(
+                        f"{path} has rows up to {stop} of environment {env} of shard {shard.index} but "
+                        f"{shard.written[env]} were written"
                     )
                 covered[env] = max(covered[env], stop)
                 for part in _ring_parts(shard, env, first, stop):
-                    file.readinto(part.reshape(-1).data)
+                    # The file was checked before, but another process may have cut it since.
+                    if (count := file.readinto(part.reshape(-1).data)) != part.nbytes:
+                        raise DamagedCheckpoint(
+                            f"{path} ended while it was read: {count} bytes came and {part.nbytes} were needed"
+                        )
     if (covered < shard.written).any():
         raise DamagedCheckpoint(
             f"the files of shard {shard.index} in {folder} hold rows up to {covered.tolist()} but "

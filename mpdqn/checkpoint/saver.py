@@ -25,9 +25,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from mpdqn.checkpoint.entries import RowsEntry, ShardRows
 from mpdqn.checkpoint.files import Pace, sync_folder
 from mpdqn.checkpoint.folder import CheckpointFolder
-from mpdqn.checkpoint.manifest import Manifest, RowsEntry, ShardRows
+from mpdqn.checkpoint.manifest import Manifest
 from mpdqn.checkpoint.rows import NewRows, live_rows
 from mpdqn.checkpoint.storage import RawWriter
 from mpdqn.mesh import World
@@ -179,6 +180,7 @@ class Saver:
                 sync_folder(folder)
             if where:
                 sync_folder(self._folder.rows)
+                sync_folder(self._folder.rows.parent)
             self._frames_written.set()
             return where
 

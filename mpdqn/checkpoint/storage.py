@@ -27,8 +27,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, SavePlan
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter, WriteResult
 from torch.futures import Future
 
+from mpdqn.checkpoint.entries import ITEM_BYTES, FileEntry, ShardRows, TensorEntry
 from mpdqn.checkpoint.files import DigestedFile, Pace, sync_folder
-from mpdqn.checkpoint.manifest import MANIFEST, DamagedCheckpoint, FileEntry, Manifest, ShardRows, TensorEntry
+from mpdqn.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Manifest
 
 ROWS = "rows of shard "
 """How the result is called that tells of a shard's frames."""
@@ -85,13 +86,14 @@ class RawWriter(StorageWriter):
                 for item in plan.items:
                     tensor = planner.resolve_data(item)
                     assert isinstance(tensor, Tensor), f"{item.index.fqn} is no tensor"
-                    offset = file.size
+                    dtype, offset = str(tensor.dtype).removeprefix("torch."), file.size
+                    assert dtype in ITEM_BYTES, f"{item.index.fqn} is of {dtype}, which no manifest holds"
                     file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
                     entry = TensorEntry(
                         file=name,
                         offset=offset,
                         bytes=file.size - offset,
-                        dtype=str(tensor.dtype).removeprefix("torch."),
+                        dtype=dtype,
                         shape=tuple(tensor.shape),
                     )
                     results.append(_result(item.index.fqn, entry))
@@ -118,7 +120,8 @@ class RawWriter(StorageWriter):
             file.write(memoryview(manifest.to_json().encode()))
         sync_folder(self._draft)
         self._draft.rename(self._folder)
-        sync_folder(self._folder.parent)
+        for parent in (self._folder.parent, self._folder.parent.parent):  # the first checkpoint made the parent, too
+            sync_folder(parent)
         self.written = manifest
 
     @classmethod

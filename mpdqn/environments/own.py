@@ -25,13 +25,18 @@ from mpdqn.environments.spec import EnvironmentSpec
 STACK = 4
 
 
+def module_of(name: str) -> str:
+    """The module that is imported for the environment ``name``, which may be any code; empty for none."""
+    return name.rpartition(":")[0]
+
+
 def find_registered(name: str) -> Any | None:
     """Gymnasium's own spec of ``"Id-v0"`` or ``"module:Id-v0"``, the module imported; None if there is no such id.
 
     Raises:
         ValueError: if the module cannot be imported.
     """
-    module, _, gymnasium_id = name.rpartition(":")
+    module, gymnasium_id = module_of(name), name.rpartition(":")[2]
     if module:
         try:
             import_module(module)
@@ -52,7 +57,7 @@ def own_kind(name: str, registered: Any, *, bins: int = BINS) -> SimulatedKind:
     Raises:
         ValueError: if it cannot be made, shows no pixels, or has actions that cannot be discretised.
     """
-    module = name.rpartition(":")[0]
+    module = module_of(name)
     config = SimulatorConfig(name=name, make=registered, imports=(module,) if module else (), bins=bins)
     environment = make(config)
     try:

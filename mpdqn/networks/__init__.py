@@ -11,7 +11,7 @@ from mpdqn.networks.exactness import check_exactness
 from mpdqn.networks.heads import Head, output_shape
 from mpdqn.networks.impala import Pooling
 from mpdqn.networks.initialization import initialize
-from mpdqn.networks.loading import NetworkFunction, as_chain, load_network
+from mpdqn.networks.loading import NetworkFunction, as_chain, load_network, names_code
 from mpdqn.networks.memory_format import MemoryFormat, choose_memory_format, set_memory_format
 from mpdqn.networks.noisy import NoisyLinear, clear_noise, noisy_layers, set_noise
 from mpdqn.networks.zoo import NAMES, make_network
@@ -33,6 +33,7 @@ __all__ = [
     "initialize",
     "load_network",
     "make_network",
+    "names_code",
     "noisy_layers",
     "output_shape",
     "set_memory_format",

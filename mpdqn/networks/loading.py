@@ -61,7 +61,7 @@ def load_network(
     Warns:
         UserWarning: about an option of the zoo given with a network from elsewhere.
     """
-    if isinstance(spec, str) and (spec in NAMES or not _looks_like_file(spec)):
+    if isinstance(spec, str) and not names_code(spec):
         try:
             return make_network(
                 spec,
@@ -119,8 +119,9 @@ def as_chain(module: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(network=module))
 
 
-def _looks_like_file(spec: str) -> bool:
-    return ":" in spec or "/" in spec or spec.endswith(".py")
+def names_code(spec: str) -> bool:
+    """Return whether `load_network` would run a file of the user's for ``spec``, and not build one of the zoo."""
+    return spec not in NAMES and (":" in spec or "/" in spec or spec.endswith(".py"))
 
 
 def _label(spec: str | NetworkFunction) -> str:

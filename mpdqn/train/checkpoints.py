@@ -19,7 +19,7 @@ from torch import Tensor
 from mpdqn.checkpoint.folder import CheckpointFolder
 from mpdqn.checkpoint.learner import check_network, shapes
 from mpdqn.checkpoint.loader import Choice, choose, empty, load_tensors, usable_rows
-from mpdqn.checkpoint.manifest import Manifest, WrongCheckpoint
+from mpdqn.checkpoint.manifest import DamagedCheckpoint, Manifest, WrongCheckpoint
 from mpdqn.checkpoint.saver import NotSaved, Saved, Saver
 from mpdqn.mesh import World
 from mpdqn.train.acting import Acting
@@ -52,6 +52,7 @@ def choose_checkpoint(world: World, job: TrainJob, folder: Path, run: str) -> Ch
             raise WrongCheckpoint(
                 f"{path} is of run {manifest.run[:8]} but {folder} holds run {run[:8]}; put back that run's checkpoints"
             )
+        check_counters(manifest.counters, path)
         check_network(manifest.parameters, network, str(path))
         if manifest.round > job.num_rounds:
             raise WrongCheckpoint(
@@ -71,6 +72,22 @@ def choose_checkpoint(world: World, job: TrainJob, folder: Path, run: str) -> Ch
                 own.set_aside(path)
     world.barrier()
     return choice
+
+
+def check_counters(counters: Mapping[str, Any], path: Path) -> None:
+    """Raise DamagedCheckpoint unless ``counters`` are those that a run writes, each of its type."""
+
+    def is_count(value: Any) -> bool:
+        return type(value) is int and 0 <= value < 2**63
+
+    counts = ("steps_played", "waiting_deliveries", "resumed", "row_late_passes")
+    fits = {name: is_count(counters.get(name)) for name in counts}
+    for name in ("seconds", "row_seconds"):
+        fits[name] = type(counters.get(name)) in (int, float) and 0 <= counters[name] < float("inf")
+    for name in ("replay_lost", "row_before"):
+        fits[name] = isinstance(counters.get(name), list) and all(is_count(value) for value in counters[name])
+    if wrong := [name for name, fit in fits.items() if not fit]:
+        raise DamagedCheckpoint(f"{path} is damaged: its counter {wrong[0]} is {str(counters.get(wrong[0]))[:60]!r}")
 
 
 class Checkpoints:

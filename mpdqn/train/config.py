@@ -113,6 +113,8 @@ class TrainConfig:
     """Checkpoints that are kept; the newest is taken that is whole."""
     resume: Path | None = None
     """Folder of a run to go on with from its newest checkpoint (docs/checkpoints.md)."""
+    trust: bool = False
+    """Run the code that the folder of --resume names (my_file.py:make_network, module:Id) without naming it again."""
     seed: int = 0
     """Seed of everything."""
     out: Path = Path("results/train")
@@ -221,7 +223,7 @@ class TrainJob:
         """Everything that makes this run what it is, flat: runs that agree in it are seeds of one line."""
         incidental = (
             *("seed", "out", "timeout", "wandb", "smoke", "replay_dir", "env_workers", "log_every", "resume"),
-            *("checkpoint_minutes", "checkpoint_every", "checkpoint_at_end", "keep_checkpoints"),
+            *("checkpoint_minutes", "checkpoint_every", "checkpoint_at_end", "keep_checkpoints", "trust"),
         )
         chosen = {name: value for name, value in asdict(self.config).items() if name not in incidental}
         settings = asdict(self.settings)

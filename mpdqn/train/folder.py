@@ -28,14 +28,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mpdqn.checkpoint.files import sync_folder
 from mpdqn.dqn.acting import ActionValues
 from mpdqn.dqn.agents import Agent
 from mpdqn.dqn.batch import Batch
 from mpdqn.environments import EnvironmentSpec
-from mpdqn.records import RECORDS, Record, read_records
+from mpdqn.records import RECORDS, Record, read_records, without_place, without_places
 from mpdqn.train.check import check
 from mpdqn.train.config import TrainConfig, TrainJob
-from mpdqn.train.resume import CONFIG
+from mpdqn.train.resume import CONFIG, NOT_RECORDED, PROVENANCE, check_code, code_named_by
 
 WEIGHTS = "weights.pt"
 POLICY = "policy.pt2"
@@ -50,23 +51,27 @@ def new_folder(job: TrainJob) -> Path:
         with contextlib.suppress(FileExistsError):
             folder = config.out / (name + suffix)
             folder.mkdir(parents=True)
+            sync_folder(config.out)
             return folder
     raise FileExistsError(f"{config.out / name} and 998 more exist; choose another --out")
 
 
 def write_config(folder: Path, job: TrainJob, plan: dict[str, Any], run: str) -> None:
     """Write what will be run: configuration, settings, plan, what the run is called in its checkpoints, and where."""
+    config = {name: value for name, value in asdict(job.config).items() if name not in NOT_RECORDED}
+    # Where the folder itself lies says nothing to whoever resumes it elsewhere; the other paths are needed for that.
+    config |= {name: without_places(config[name]) for name in ("out", "resume")}
     about = {
         "run": run,
-        "config": asdict(job.config),
+        "config": config,
         "settings": asdict(job.settings),
-        "network": job.network_name,
+        "network": without_place(job.network_name),
         "spec": asdict(job.spec),
         "layout": job.layout.name,
         "plan": plan,
     }
     _write_whole(folder / CONFIG, json.dumps(about, indent=1, default=str) + "\n")
-    _write_whole(folder / "environment.json", json.dumps(asdict(job.environment), indent=1) + "\n")
+    _write_whole(folder / PROVENANCE, json.dumps(asdict(job.environment), indent=1) + "\n")
 
 
 def _write_whole(path: Path, text: str) -> None:
@@ -131,23 +136,40 @@ class Run:
     network: nn.Sequential
 
 
-def load_run(folder: Path) -> Run:
-    """The run in ``folder``, with its final weights.
+def load_run(folder: Path, *, network: str = "", env: str = "", trust: bool = False) -> Run:
+    """Return the run in ``folder``, with its final weights.
+
+    Args:
+        folder: of the run.
+        network: the run's own, given again if it is a function in a file, which is run only then or with ``trust``.
+        env: the run's own, given again if it lies in a module, which is imported only then or with ``trust``.
+        trust: run whatever code the folder names.
 
     Raises:
-        ValueError: if the folder is no finished training run of this version.
+        mpdqn.train.resume.UntrustedCode: for code that only the folder names, before any of it runs.
+        ValueError: if the folder is no finished training run of this version, or of another network or environment.
     """
     try:
         about = json.loads((folder / CONFIG).read_text())
-        state = torch.load(folder / WEIGHTS, weights_only=True)
+        recorded = {name: about["config"][name] for name in ("network", "env")}
         strange = sorted(set(about["config"]) - {field.name for field in fields(TrainConfig)})
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-        raise ValueError(
-            f"{folder} is no finished training run: {error}; give the folder that a run printed"
-        ) from error
+        if not all(isinstance(value, str) for value in recorded.values()):
+            raise TypeError(f"its network and environment are {recorded}")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _not_finished(folder, error) from error
     if strange:
         raise ValueError(f"{folder / CONFIG} has unknown settings {strange}; it is of another version of mpdqn")
-    values = {name: value for name, value in about["config"].items()}
+    given = {"network": network, "env": env}
+    for name, value in given.items():
+        if value and value != recorded[name]:
+            raise ValueError(f"{name} is {value} but the run in {folder} has {recorded[name]}; give that one")
+    if not trust:
+        check_code(folder, code_named_by(recorded["network"], recorded["env"]), given)
+    try:
+        state = torch.load(folder / WEIGHTS, weights_only=True)
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
+        raise _not_finished(folder, error) from error
+    values = {name: value for name, value in about["config"].items() if name not in NOT_RECORDED}
     values |= {"out": folder.parent, "replay_dir": None, "resume": None}
     # Where it ran says nothing about the network: load on one process, whatever the layout was.
     here = {
@@ -161,6 +183,11 @@ def load_run(folder: Path) -> Run:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the run itself has warned of
         job = check(TrainConfig(**values | here))
-    network = job.make_network()
-    network.load_state_dict(state)
-    return Run(folder=folder, job=job, network=network)
+    trained = job.make_network()
+    trained.load_state_dict(state)
+    return Run(folder=folder, job=job, network=trained)
+
+
+def _not_finished(folder: Path, error: Exception) -> ValueError:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return ValueError(f"{folder} is no finished training run: {text}; give the folder that a run printed")

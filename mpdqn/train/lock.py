@@ -1,4 +1,6 @@
-"""`RunLock`: one process at a time trains in a run's folder. The kernel ends the lock with the process."""
+"""Locks that the kernel ends with the process that holds them: one process at a time trains in a run's folder, and one
+rank at a time has the replay of a shard in a ``--replay-dir``.
+"""
 
 from __future__ import annotations
 
@@ -17,26 +19,31 @@ class FolderInUse(ValueError):
     """Another process trains in this folder."""
 
 
-class RunLock:
-    """The lock of the run in ``folder``, held while in the context.
+class FolderLock:
+    """An exclusive lock on the file ``path``, held while in the context.
 
     It is flock(2)'s, and so as good between hosts as the file system's: NFS from version 4 on.
+
+    Args:
+        path: of the lock file, which is made if there is none, and stays.
+        used: how the error begins that is raised while another process holds the lock, such as "/runs/a is in use by".
+        advice: how it ends.
 
     Raises:
         FolderInUse: from entering, if another process has it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, path: Path, used: str, advice: str) -> None:
+        self._path, self._used, self._advice = path, used, advice
 
     def __enter__(self) -> Self:
-        self._descriptor = os.open(self._folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
         patience = time.monotonic() + PATIENCE_S  # whoever only looks holds it for a moment
         while not _taken(self._descriptor, fcntl.LOCK_EX):
             if time.monotonic() > patience:
                 holder = os.pread(self._descriptor, 200, 0).decode(errors="replace")
                 os.close(self._descriptor)
-                raise FolderInUse(f"{self._folder} is being trained by {holder}; wait for it or end it first")
+                raise FolderInUse(f"{self._used} {holder}; {self._advice}")
             time.sleep(0.05)
         os.truncate(self._descriptor, 0)
         os.pwrite(self._descriptor, f"process {os.getpid()} on {os.uname().nodename}".encode(), 0)
@@ -44,6 +51,27 @@ class RunLock:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         os.close(self._descriptor)
+
+
+class RunLock(FolderLock):
+    """The lock of the run in ``folder``."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder / LOCK, f"{folder} is being trained by", "wait for it or end it first")
+
+
+class ReplayLock(FolderLock):
+    """The lock of shard ``number`` in the folder of ``--replay-dir``.
+
+    One for each shard, since each rank has its own shards there, on one host or on several.
+    """
+
+    def __init__(self, directory: Path, number: int | str) -> None:
+        super().__init__(
+            directory / f"{LOCK}-shard-{number}",
+            f"--replay-dir {directory} has the replay of a live run, shard {number} of",
+            "wait for it, end it, or choose another --replay-dir",
+        )
 
 
 def in_use(folder: Path) -> bool:
@@ -56,6 +84,13 @@ def in_use(folder: Path) -> bool:
         return not _taken(descriptor, fcntl.LOCK_SH)
     finally:
         os.close(descriptor)
+
+
+def check_replay_unused(directory: Path) -> None:
+    """Raise FolderInUse if a live run has replay in the folder of ``--replay-dir``, as far as this host can see."""
+    for path in sorted(directory.glob(f"{LOCK}-shard-*")):
+        with ReplayLock(directory, path.name.removeprefix(f"{LOCK}-shard-")):
+            pass
 
 
 def _taken(descriptor: int, kind: int) -> bool:

@@ -3,43 +3,99 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields
+import shlex
+from collections.abc import Mapping
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from mpdqn.checkpoint.folder import CheckpointFolder
+from mpdqn.environments.own import module_of
 from mpdqn.mesh import launched
+from mpdqn.networks import names_code
 from mpdqn.train.config import TrainConfig
 from mpdqn.train.lock import FolderInUse
 from mpdqn.train.status import FINISHED, RUNNING, read_status
 
 CONFIG = "config.json"
+PROVENANCE = "environment.json"
 
 MAY_CHANGE = (
     *("layout", "actors", "env_workers", "recompute", "precision", "compile", "device"),
-    *("replay_dir", "timeout", "wandb", "out", "resume"),
+    *("replay_dir", "timeout", "wandb", "out", "resume", "trust"),
     *("evaluate_every", "evaluation_episodes", "log_every", "frames"),
     *("checkpoint_minutes", "checkpoint_every", "checkpoint_at_end", "keep_checkpoints"),
 )
 """Settings that say where and how a run is computed, watched and kept. All others make it the run that it is."""
 
+ADDED: tuple[str, ...] = ()
+"""Settings that folders of earlier versions lack, whose defaults are what those versions did."""
+
+REMOVED = ("port",)
+"""Settings of earlier versions that are gone and changed no number."""
+
+NOT_RECORDED = ("trust",)
+"""Settings that a folder does not answer for its user."""
+
+
+class UntrustedCode(ValueError):
+    """A run's folder names code of its own, which its user did not ask for."""
+
 
 def recorded_config(folder: Path) -> TrainConfig:
-    """The configuration of the run in ``folder``, to go on with.
+    """Return the configuration of the run in ``folder``, to resume it.
+
+    ``network`` and ``env`` are empty where they name code: whoever resumes the run gives them again, or trusts the
+    folder (`with_trusted_code`). Nothing that the folder names is run or imported.
 
     Raises:
         ValueError: if there is none, or it is of another version or another command.
     """
-    about = _read_config(folder)
-    values = about["config"] | {"resume": folder, "out": folder.parent}
-    if values["replay_dir"] is not None:
-        values["replay_dir"] = Path(values["replay_dir"])
-    return TrainConfig(**values)
+    config = _recorded(folder)
+    code = code_named_by(config.network, config.env)
+    return replace(
+        config,
+        network="" if "network" in code else config.network,
+        env="" if "env" in code else config.env,
+    )
+
+
+def with_trusted_code(config: TrainConfig) -> TrainConfig:
+    """Return ``config`` with the names of code that the folder ``config.resume`` has and ``config`` leaves empty."""
+    assert config.resume is not None
+    recorded = _recorded(config.resume)
+    code = code_named_by(recorded.network, recorded.env)
+    return replace(config, network=config.network or code.get("network", ""), env=config.env or code.get("env", ""))
+
+
+def code_named_by(network: str, env: str) -> dict[str, str]:
+    """Return the settings among these that name code: a function in a file, or an environment in a module."""
+    names = {"network": network} if names_code(network) else {}
+    return names | ({"env": env} if module_of(env) else {})
+
+
+def check_code(folder: Path, named: Mapping[str, str], given: Mapping[str, str]) -> None:
+    """Raise UntrustedCode, with the code that would run, unless all that ``folder`` has ``named`` is ``given`` too."""
+    if missing := {name: value for name, value in named.items() if not given[name]}:
+        flags = " ".join(f"--{n} {shlex.quote(v) if v.isprintable() else repr(v)}" for n, v in missing.items())
+        raise UntrustedCode(
+            f"{folder} names code of its own that would run: {flags}; if you trust that code, give {flags} yourself, "
+            "or --trust"
+        )
 
 
 def run_id(folder: Path) -> str:
     """What the run in ``folder`` is called in its checkpoints; ValueError as `recorded_config`."""
     return str(_read_config(folder)["run"])
+
+
+def _recorded(folder: Path) -> TrainConfig:
+    """The configuration of the run in ``folder`` with everything that it names; errors as `recorded_config`."""
+    about = _read_config(folder)
+    values = about["config"] | {"resume": folder, "out": folder.parent}
+    if values["replay_dir"] is not None:
+        values["replay_dir"] = Path(values["replay_dir"])
+    return TrainConfig(**{name: value for name, value in values.items() if name not in {*NOT_RECORDED, *REMOVED}})
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -49,8 +105,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     try:
         about = json.loads((folder / CONFIG).read_text())
         known = {field.name for field in fields(TrainConfig)}
-        strange, missing = sorted(set(about["config"]) - known), sorted(known - set(about["config"]))
+        strange = sorted(set(about["config"]) - known - {*REMOVED})
+        missing = sorted(known - set(about["config"]) - {*ADDED, *NOT_RECORDED})
         about["run"]
+        for name in {"network", "env"} & set(about["config"]):
+            if not isinstance(about["config"][name], str):
+                raise TypeError(f"{name} is {about['config'][name]!r}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{folder} holds no training run to go on with ({error!r}); give the folder that a training run made"
@@ -58,20 +118,30 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if strange or missing:
         raise ValueError(
             f"{folder / CONFIG} has the settings {strange} too many and {missing} too few; resume with the version of "
-            "mpdqn that began the run"
+            f"mpdqn that began the run{_version(folder)}"
         )
     return dict(about)
+
+
+def _version(folder: Path) -> str:
+    """The version of mpdqn that wrote ``folder``, in brackets; nothing if that cannot be read."""
+    try:
+        return f" ({json.loads((folder / PROVENANCE).read_text())['versions']['mpdqn']})"
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def check_resume(config: TrainConfig) -> None:
     """Raise ValueError unless ``config`` goes on with the run in the folder ``config.resume``.
 
     Raises:
+        UntrustedCode: if the run's folder names code that ``config`` does not name too.
         ValueError: if that is no run, is another one, has ended, or is being trained now; with both values.
     """
     folder = config.resume
     assert folder is not None
-    recorded = recorded_config(folder)
+    recorded = _recorded(folder)
+    check_code(folder, code_named_by(recorded.network, recorded.env), {"network": config.network, "env": config.env})
     for field in fields(TrainConfig):
         before, asked = getattr(recorded, field.name), getattr(config, field.name)
         if field.name not in MAY_CHANGE and before != asked:

@@ -6,6 +6,8 @@ check ─▶ launch ─▶ on every rank: Trainer.run ─▶ progress, evaluatio
 from __future__ import annotations
 
 import uuid
+import warnings
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -19,9 +21,9 @@ from mpdqn.train.check import check
 from mpdqn.train.checkpoints import choose_checkpoint
 from mpdqn.train.config import TrainConfig, TrainJob
 from mpdqn.train.folder import new_folder
-from mpdqn.train.lock import FolderInUse, RunLock
+from mpdqn.train.lock import FolderInUse, FolderLock, ReplayLock, RunLock, check_replay_unused
 from mpdqn.train.rank import owned_shards
-from mpdqn.train.resume import recorded_config, run_id
+from mpdqn.train.resume import recorded_config, run_id, with_trusted_code
 from mpdqn.train.session import Session, TrainResult
 from mpdqn.train.stop import StopSignal
 
@@ -30,7 +32,9 @@ def train(config: TrainConfig | None = None, **settings: Any) -> TrainResult:
     """Train as ``mpdqn train`` does.
 
     Started by torchrun, every process calls this alike; rank 0 has the result, the others an empty one. With ``resume``
-    the run in that folder goes on with its own settings; only those given here are other ones.
+    the run in that folder goes on with its own settings; only those given here are other ones. Code that the folder
+    names (``network="my_file.py:make_network"``, ``env="module:Id"``) runs only if it is given here again, or with
+    ``trust=True``.
 
     Args:
         config: what to train; DQN on Pong by default.
@@ -38,12 +42,23 @@ def train(config: TrainConfig | None = None, **settings: Any) -> TrainResult:
 
     Raises:
         ValueError: for bad input, before any work.
+        mpdqn.train.resume.UntrustedCode: for code that only the folder names, before any of it runs.
         mpdqn.train.loop.NotANumber: at a loss that is no number.
         mpdqn.launch.WorkerError: if a worker fails, with its own error first.
     """
     if config is None and settings.get("resume") is not None:
         config = recorded_config(settings["resume"])
-    job = check(replace(config or TrainConfig(), **settings))
+    config = replace(config or TrainConfig(), **settings)
+    if config.trust and config.resume is None:
+        warnings.warn(
+            "--trust has no effect without --resume; it trusts the code that a run's folder names", stacklevel=2
+        )
+    elif config.trust:
+        config = with_trusted_code(config)
+    directory = config.resolved().replay_dir
+    if directory is not None and not launched():  # launched ranks see to it together: one may have its locks already
+        check_replay_unused(directory)
+    job = check(config)
     if launched() or job.num_ranks == 1:
         return train_rank(job)
     results: list[TrainResult] = launch(train_rank, job, num_workers=job.num_ranks, forward_sigterm=True)
@@ -66,6 +81,7 @@ def train_in(world: World, job: TrainJob) -> TrainResult:
     """
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
+        lock_replay(world, stack, job)  # before anything is made or deleted
         folder = world.from_first((job.config.resume or new_folder(job)) if world.rank == 0 else Path())
         lock(world, stack, folder)
         choice, run = None, uuid.uuid4().hex
@@ -82,20 +98,42 @@ def train_in(world: World, job: TrainJob) -> TrainResult:
 
 def lock(world: World, stack: ExitStack, folder: Path) -> None:
     """Hold the folder's lock on rank 0; FolderInUse on every rank if another run has it. Collective."""
-    refused = ""
-    if world.rank == 0:
-        try:
-            stack.enter_context(RunLock(folder))
-        except FolderInUse as error:
-            refused = str(error)
-    if refused := world.from_first(refused):
-        raise FolderInUse(refused)
+    _hold(world, stack, [RunLock(folder)] if world.rank == 0 else [])
+
+
+def lock_replay(world: World, stack: ExitStack, job: TrainJob) -> None:
+    """Hold the locks of this rank's shards in ``--replay-dir``; FolderInUse on every rank if a live run has one.
+
+    Collective over the world.
+    """
+    directory = job.config.replay_dir
+    _hold(world, stack, [] if directory is None else [ReplayLock(directory, v) for v in _mapped_shards(world, job)])
 
 
 def clear_replay(world: World, job: TrainJob) -> None:
-    """Delete what the run that is gone on with had mapped to disk; its checkpoints hold the frames. Collective."""
+    """Delete what the run that is gone on with had mapped to disk; its checkpoints hold the frames. Collective.
+
+    The shards are locked, so no live run has anything there.
+    """
     if job.config.replay_dir is not None:
-        for number in owned_shards(job, world.rank):
-            for path in (job.config.replay_dir / f"shard-{number}").glob(FRAMES):
-                path.unlink()
+        for number in _mapped_shards(world, job):
+            (job.config.replay_dir / f"shard-{number}" / FRAMES).unlink(missing_ok=True)
     world.barrier()
+
+
+def _mapped_shards(world: World, job: TrainJob) -> range:
+    """The shards that this rank maps to disk: an acting rank plays for some, and has none."""
+    return owned_shards(job, world.rank) if world.rank < job.layout.ranks else range(0)
+
+
+def _hold(world: World, stack: ExitStack, locks: Sequence[FolderLock]) -> None:
+    """Hold this rank's ``locks`` until ``stack`` ends; FolderInUse on every rank if one is taken. Collective."""
+    refused = ""
+    try:
+        for each in locks:
+            stack.enter_context(each)
+    except (FolderInUse, OSError) as error:
+        refused = str(error)
+    told = world.to_first(refused)
+    if refused := world.from_first(next((text for text in told if text), "")):
+        raise FolderInUse(refused)

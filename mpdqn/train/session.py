@@ -31,9 +31,6 @@ from mpdqn.train.status import FAILED, FINISHED, RUNNING, STOPPED, now
 from mpdqn.train.step import TrainStep
 from mpdqn.train.stop import StopSignal
 
-MOST_FRAMES = 108_000
-"""Frames after which an evaluation episode is cut short, as Atari's are: a greedy policy may stand still for ever."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainResult:
@@ -265,7 +262,6 @@ class Session:
                 seed=job.config.seed,
                 greedy=job.agent.greedy,
                 device=world.device,
-                max_steps=MOST_FRAMES // job.spec.frames_per_action,
                 workers=job.config.env_workers,
             )
         world.barrier("waiting for the evaluation")

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mpdqn.actors import Chunk
 from mpdqn.checkpoint.learner import ONLINE, learner_state, learner_targets
-from mpdqn.checkpoint.loader import Choice, empty, load_frames, load_tensors
+from mpdqn.checkpoint.loader import Choice, empty, load_frames, load_tensors, on_every_rank
 from mpdqn.dqn.batch import Batch
 from mpdqn.train.acting import Acting, LaggedWeights, chunk_tensors, episode_rows, episodes_of
 from mpdqn.train.loop import Trainer
@@ -78,23 +78,41 @@ def restore(trainer: Trainer, choice: Choice) -> None:
     shards that are gone start empty: see `refill`.
 
     Raises:
-        WrongCheckpoint: if a tensor is missing or of another shape.
-        ValueError: if an episode comes out differently when it is played again.
+        WrongCheckpoint: on every rank, if a tensor is missing or of another shape.
+        DamagedCheckpoint: on every rank, if what was saved cannot be restored, as where an episode comes out
+            differently when it is played again.
     """
-    saved, world, owned = choice.manifest.tensors, trainer.world, trainer.owned
-    broken = any(v in choice.gone for v in owned)
+    world = trainer.world
     targets: dict[str, Tensor] = {}
+    with on_every_rank(world, choice):
+        targets |= _targets(trainer, choice)
+    load_tensors(world, choice, targets)
+    acting: dict[str, Tensor] = {}
+    weights = trainer.acting.weights if isinstance(trainer.acting, Acting) else None
+    with on_every_rank(world, choice):
+        acting |= _acting_targets(weights, choice)
+    load_tensors(world, choice, acting)
+    with on_every_rank(world, choice):
+        _put_back(trainer, choice, targets)
+
+
+def _targets(trainer: Trainer, choice: Choice) -> dict[str, Tensor]:
+    """Where this rank's part of the checkpoint is loaded to, the acting weights apart."""
+    saved, targets = choice.manifest.tensors, dict[str, Tensor]()
     if trainer.learner is not None:
         targets |= learner_targets(trainer.learner, saved)
-    for v in owned:
+    for v in trainer.owned:
         targets |= empty(choice, [n for n in saved if n.split(".")[0] in ("games", "chunk") and _is_of(n, v)])
         if trainer.shards is not None:
             targets |= empty(choice, [n for n in saved if n.startswith(f"replay.{v}.")])
             targets |= empty(choice, [n for n in saved if n.startswith("queue.") and n.split(".")[2] == str(v)])
-    load_tensors(world, choice, targets)
-    weights = trainer.acting.weights if isinstance(trainer.acting, Acting) else None
-    load_tensors(world, choice, _acting_targets(weights, choice))
+    return targets
 
+
+def _put_back(trainer: Trainer, choice: Choice, targets: Mapping[str, Tensor]) -> None:
+    """Hand the loaded tensors, and the frames, to the parts of this rank."""
+    owned = trainer.owned
+    broken = any(v in choice.gone for v in owned)
     trainer.first_round = choice.manifest.round
     if trainer.learner is not None:
         trainer.learner.update = choice.manifest.updates

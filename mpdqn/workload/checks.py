@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import tempfile
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -127,8 +127,7 @@ def check_writable(out: Path, flag: str = "--out") -> None:
     """Raise ValueError unless files can be made in the folder ``out`` of ``flag``; it is made if it is not there."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".writable-{os.getpid()}"
-        probe.touch()
-        probe.unlink()
+        with tempfile.NamedTemporaryFile(dir=out, prefix=".writable-"):  # a name that no other host has either
+            pass
     except OSError as error:
         raise ValueError(f"{flag} {out} cannot be written ({error.strerror}); choose another folder") from error

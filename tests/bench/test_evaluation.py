@@ -8,8 +8,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from mpdqn import evaluate as evaluating
 from mpdqn.bench import evaluation as module
 from mpdqn.bench.evaluation import (
     EvaluateConfig,
@@ -18,9 +20,10 @@ from mpdqn.bench.evaluation import (
     evaluation_table,
     run_evaluation,
 )
-from mpdqn.evaluate import Evaluation
+from mpdqn.evaluate import MOST_FRAMES, Evaluation
 from mpdqn.networks import make_network
 from mpdqn.records import RECORDS, Environment, Record, read_records
+from tests.environments.toy import MODULE
 
 PONG = Evaluation(
     environment="pong",
@@ -59,7 +62,7 @@ def test_a_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     asked: list[int] = []
     job = SimpleNamespace(config=SimpleNamespace(env="qbert"), agent=SimpleNamespace(greedy=greedy))
     network = make_network("nature", (4, 84, 84), 6, width=None, seed=0)
-    monkeypatch.setattr(module, "load_run", lambda folder: SimpleNamespace(network=network, job=job))
+    monkeypatch.setattr(module, "load_run", lambda folder, **names: SimpleNamespace(network=network, job=job))
     table = evaluate_run(EvaluateConfig(run=tmp_path, episodes=1, epsilon=0.9))
     assert table.rows[0][:3] == ("qbert", "0.9", "1")
     assert (tmp_path / "evaluation.md").read_text() == table.markdown()
@@ -82,6 +85,31 @@ def test_without_the_extra_nothing_is_played(tmp_path: Path, monkeypatch: pytest
     config = EvaluateConfig(run=tmp_path, video=tmp_path / "episode.mp4")
     with pytest.raises(ValueError, match=r"mpdqn\[video\]"):
         run_evaluation(config, make_network("nature", (4, 84, 84), 6, width=None, seed=0), "no such game")
+
+
+class Still(nn.Module):
+    """Always takes the first action."""
+
+    def forward(self, frames: Tensor) -> Tensor:
+        return torch.tensor([[1.0, 0.0, 0.0]]).expand(len(frames), -1)
+
+
+def test_a_policy_that_stands_still_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An environment without a limit of its own never ended the episode, nor the evaluation."""
+    endless = f"{MODULE}:mpdqn-tests/Endless-Drift-v0"
+    config = EvaluateConfig(run=tmp_path, episodes=2, epsilon=0.0, num_envs=2)
+    (cut,) = run_evaluation(replace(config, max_steps=30), Still(), endless)
+    assert (cut.lengths, cut.truncated) == ((30, 30), (True, True))
+    assert (MOST_FRAMES, config.max_steps) == (108_000, None)
+    monkeypatch.setattr(evaluating, "MOST_FRAMES", 40)  # 108,000 steps of an environment in Python take a minute
+    (cut,) = run_evaluation(config, Still(), endless)
+    assert (cut.lengths, cut.truncated) == ((40, 40), (True, True))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--device cuda, but torch .* sees 0 CUDA devices"):
+        evaluate_run(EvaluateConfig(run=tmp_path, device="cuda"))
 
 
 def test_both_epsilons_by_default(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import torch
 from mpdqn.checkpoint.files import check_file
 from mpdqn.checkpoint.folder import CheckpointFolder
 from mpdqn.checkpoint.loader import Choice, choose, load_frames
-from mpdqn.checkpoint.manifest import MANIFEST, _digest
+from mpdqn.checkpoint.manifest import Manifest
 from mpdqn.checkpoint.saver import NotSaved, Saved, Saver
 from mpdqn.mesh import World
 from tests.checkpoint.test_saver import fill, make_shards, saved
@@ -70,18 +69,20 @@ def test_wherever_the_disk_is_full_nothing_is_left(alone: World, tmp_path: Path)
         assert all((other[v].frames == shards[v].frames).all() for v in (0, 1))
 
 
+class FailingFolder(CheckpointFolder):
+    """On a disk that fails when old checkpoints are to be deleted."""
+
+    def rotate(self, keep: int) -> list[Manifest]:
+        raise OSError(5, "Input/output error")
+
+
 def test_what_fails_after_the_rename_costs_no_frames(alone: World, tmp_path: Path) -> None:
-    """From then on it is a checkpoint. Here an older one was written by somebody else, and reading that fails."""
-    folder, shards = CheckpointFolder(tmp_path), make_shards()
-    saver = Saver(alone, folder, keep=2, shards=shards)
+    """From then on it is a checkpoint."""
+    folder, shards = FailingFolder(tmp_path), make_shards()
     fill(shards, 5)
-    assert isinstance(saved(saver, {"x": torch.ones(1)}, 1), Saved)
-    path = folder.folder(1) / MANIFEST
-    strange = {name: value for name, value in json.loads(path.read_text()).items() if name != "digest"} | {"rows": 7}
-    path.write_text(json.dumps(strange | {"digest": _digest(strange)}))
-    fill(shards, 5)
-    outcome = saved(saver, {"x": torch.ones(1)}, 2)
+    outcome = saved(Saver(alone, folder, keep=2, shards=shards), {"x": torch.ones(1)}, 2)
     assert isinstance(outcome, NotSaved), "what failed is told"
+    assert "Input/output error" in str(outcome)
     choice = chosen(alone, folder)
     assert (choice.manifest.round, choice.damaged) == (2, ())
     for v, place in choice.rows.items():

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from mpdqn.checkpoint.manifest import DamagedCheckpoint, RowsEntry
+from mpdqn.checkpoint.entries import RowsEntry
+from mpdqn.checkpoint.manifest import DamagedCheckpoint
 from mpdqn.checkpoint.rows import NewRows, check_rows, live_rows, load_rows
 from mpdqn.replay import Shard
 
@@ -69,3 +72,38 @@ def test_only_frames_that_would_be_overwritten_are_waited_for() -> None:
     assert new.overwritten_by(least + 1)
     append(shard, 15, random.Random(1))
     assert NewRows.since(shard, ()).overwritten_by(1), "the ring is full: the oldest frame is the next to go"
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_damage(tmp_path: Path) -> None:
+    """The rest of the ring was left as zeros: the return of ``readinto`` was not looked at."""
+    shard = make_shard()
+    append(shard, 10, random.Random(0))
+    rows = (NewRows.since(shard, ()).write(tmp_path / "0.rows"),)
+    check_rows(tmp_path, rows)
+    with (tmp_path / "0.rows").open("r+b") as file:  # it goes on shrinking after it was found whole
+        file.truncate(rows[0].entry.bytes - 1)
+    other = make_shard()
+    other.written[:] = shard.written
+    with pytest.raises(DamagedCheckpoint, match=r"0\.rows ended while it was read: \d+ bytes came and \d+ were needed"):
+        load_rows(tmp_path, rows, other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"first": (0, 0), "stop": (5, 5)}, "of 2 environments, but shard 0 has 3 environments and 4 bytes in a row"),
+        ({"stop": (99, 10, 10)}, "120 bytes, 119 rows of 3 environments"),
+        ({"first": (10, 0, 0), "stop": (20, 10, 10)}, "begins at row 10 of environment 0"),
+        ({"first": (0, 0, 10), "stop": (20, 10, 10)}, "has rows up to 20 of environment 0 of shard 0 but"),
+    ],
+)
+def test_rows_that_do_not_fit_the_ring_are_damage(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+    shard = make_shard()
+    steps = random.Random(13)  # no episode ends: ten rows of each environment
+    append(shard, 10, steps)
+    assert shard.written.tolist() == [10, 10, 10]
+    rows = NewRows.since(shard, ()).write(tmp_path / "0.rows")
+    other = make_shard()
+    other.written[:] = shard.written
+    with pytest.raises(DamagedCheckpoint, match=message):
+        load_rows(tmp_path, (replace(rows, **changes),), other)

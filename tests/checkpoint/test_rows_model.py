@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from mpdqn.checkpoint.manifest import RowsEntry
+from mpdqn.checkpoint.entries import RowsEntry
 from mpdqn.checkpoint.rows import NewRows, check_rows, live_rows, load_rows
 from mpdqn.replay import Shard
 

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from mpdqn.checkpoint.folder import CheckpointFolder
-from mpdqn.checkpoint.loader import choose, empty, load_frames, load_tensors
-from mpdqn.checkpoint.manifest import Manifest
+from mpdqn.checkpoint.loader import Choice, choose, empty, load_frames, load_tensors, on_every_rank
+from mpdqn.checkpoint.manifest import DamagedCheckpoint, Manifest, WrongCheckpoint
 from mpdqn.checkpoint.saver import NotSaved, Saved, Saver
 from mpdqn.mesh import World
 from mpdqn.replay import VirtualShards
@@ -172,8 +172,28 @@ def on_two_ranks(out: Path) -> list[str]:
         load_tensors(world, choice, targets)
         told.append(json.dumps({name: t.tolist() for name, t in targets.items()}))
         told.append(",".join(sorted(p.name for p in folder.shard_folder(world.rank).iterdir())))
+        told += what_one_rank_finds(world, choice)
         world.barrier()
     return told
+
+
+def what_one_rank_finds(world: World, choice: Choice) -> list[str]:
+    """What both ranks raise where a tensor is missing on rank 1, and where its frames are cut after they were found
+    whole."""
+    told = []
+    with pytest.raises(WrongCheckpoint) as wrong:
+        load_tensors(world, choice, {"missing": torch.zeros(3)} if world.rank == 1 else {})
+    told.append(str(wrong.value))
+    (v,) = choice.rows
+    rows = choice.manifest.rows[v].files[-1]
+    if world.rank == 1:
+        with (choice.rows[v] / rows.file).open("r+b") as file:
+            file.truncate(rows.entry.bytes // 2)
+    shards = make_shards(owned=[v])
+    shards[v].written[:] = torch.tensor(rows.stop)
+    with pytest.raises(DamagedCheckpoint) as damaged, on_every_rank(world, choice):
+        load_frames(choice, shards)
+    return [*told, str(damaged.value)]
 
 
 def test_what_one_rank_cannot_write_no_rank_has_written(tmp_path: Path) -> None:
@@ -183,6 +203,8 @@ def test_what_one_rank_cannot_write_no_rank_has_written(tmp_path: Path) -> None:
         assert told[1].endswith("(rank 1)")
         assert json.loads(told[2]) == {"both": [7.0] * 3, f"of {1 - rank}": [1.0 - rank] * 2}
         assert told[3] == "000000000001.rows"
+        assert "holds nothing as missing and float32 [3] is needed" in told[4]
+        assert "shard-0/000000000001.rows ended while it was read" in told[5], "the shard that rank 1 reads"
 
 
 def test_training_waits_only_for_what_it_would_overwrite(alone: World, tmp_path: Path) -> None:
@@ -196,3 +218,21 @@ def test_training_waits_only_for_what_it_would_overwrite(alone: World, tmp_path:
     assert saver._frames_written.is_set()
     saver.wait()
     assert isinstance(saver.result(), Saved)
+
+
+def test_every_folder_that_a_checkpoint_is_named_in_is_on_the_disk(
+    alone: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run's own folder was left out: after a power failure it could lack ``checkpoints``."""
+    synced, fsync = set(), os.fsync
+
+    def watched(descriptor: int) -> None:
+        fsync(descriptor)
+        synced.add(Path(f"/proc/self/fd/{descriptor}").readlink())
+
+    monkeypatch.setattr(os, "fsync", watched)
+    run, scratch = tmp_path / "run", tmp_path / "scratch"
+    folder, shards = CheckpointFolder(run, scratch), make_shards()
+    fill(shards, 5)
+    assert isinstance(saved(Saver(alone, folder, keep=1, shards=shards), {"x": torch.ones(1)}, 1), Saved)
+    assert synced >= {run, folder.root, scratch, folder.rows, folder.shard_folder(0), folder.shard_folder(1)}

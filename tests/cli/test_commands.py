@@ -20,10 +20,12 @@ FLAGS = {
         --evaluation-epsilon --lookahead --prefetch --recompute --num-shards --envs-per-shard --round-steps --actor-lag
         --actors --env-workers --replay-dir --dtype --precision --compile --device --evaluate-every
         --evaluation-episodes --log-every --checkpoint-minutes --checkpoint-every --checkpoint-at-end --keep-checkpoints
-        --resume --seed --out --wandb --timeout --smoke
+        --resume --trust --seed --out --wandb --timeout --smoke
     """,
     "status": "",
-    "evaluate": "--run --episodes --epsilon --video --seed --num-envs --workers",
+    "evaluate": """
+        --run --network --env --trust --episodes --epsilon --video --seed --num-envs --workers --max-steps --device
+    """,
     "curves": "--runs --out --column --average --band --window",
 }
 

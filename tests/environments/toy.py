@@ -16,12 +16,15 @@ MODULE = __name__
 
 
 class Drift(gymnasium.Env):
-    """A block drifts at random; it is over when the block leaves the picture.
+    """A block drifts at random; it is over when the block leaves the picture, which
+    never happens if it stands ``still``.
 
     While the file ``deadly`` exists, a step kills the process, and takes the file with it unless ``forever``.
     """
 
-    def __init__(self, actions="discrete", shape=(20, 30, 3), deadly="", forever=False, fails_at=-1, width=25) -> None:
+    def __init__(
+        self, actions="discrete", shape=(20, 30, 3), deadly="", forever=False, fails_at=-1, width=25, still=False
+    ) -> None:
         self.observation_space = spaces.Box(0, 255, shape, np.uint8)
         self.action_space = {
             "discrete": spaces.Discrete(3, start=-1),
@@ -31,6 +34,7 @@ class Drift(gymnasium.Env):
             "endless": spaces.Box(-np.inf, np.inf, (2,)),
         }[actions]
         self._deadly, self._forever, self._fails_at, self._width = deadly, forever, fails_at, width
+        self._still = still
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -43,7 +47,7 @@ class Drift(gymnasium.Env):
         self._t += 1
         if self._t == self._fails_at:
             raise ArithmeticError("the toy broke")
-        self._x += int(np.sum(action)) + int(self.np_random.integers(-2, 3))
+        self._x += 0 if self._still else int(np.sum(action)) + int(self.np_random.integers(-2, 3))
         over = not 0 <= self._x < self._width
         return self._picture(), self._x / 10, over, False, {}
 
@@ -66,6 +70,7 @@ def limited(**arguments):
 
 
 gymnasium.register("mpdqn-tests/Drift-v0", entry_point=limited)
+gymnasium.register("mpdqn-tests/Endless-Drift-v0", entry_point=Drift, kwargs={"still": True})
 gymnasium.register("mpdqn-tests/Box-v0", entry_point=limited, kwargs={"actions": "box"})
 gymnasium.register("mpdqn-tests/Multi-v0", entry_point=limited, kwargs={"actions": "multi"})
 gymnasium.register("mpdqn-tests/Unequal-v0", entry_point=limited, kwargs={"actions": "unequal"})

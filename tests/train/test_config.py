@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mpdqn.train import TrainConfig
-from mpdqn.train.check import check
+from mpdqn.train.check import check, check_writable
 
 
 def small(tmp_path: Path, **settings: Any) -> TrainConfig:
@@ -68,6 +69,15 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="cannot be written"):
         check(small(tmp_path, out=tmp_path / "file" / "runs"))
+
+
+def test_probes_of_one_pid_do_not_meet(tmp_path: Path) -> None:
+    """Two containers on one shared folder may have the same process id: one deleted the other's probe, which was then
+    told as a folder that cannot be written. Threads have one process id too."""
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(lambda: [check_writable(tmp_path) for _ in range(100)]) for _ in range(8)]:
+            done.result()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_run_too_short_to_learn_warns(tmp_path: Path) -> None:

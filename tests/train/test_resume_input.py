@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,17 @@ from typing import Any
 import pytest
 
 from mpdqn.checkpoint.folder import CheckpointFolder
-from mpdqn.checkpoint.manifest import DamagedCheckpoint, WrongCheckpoint
+from mpdqn.checkpoint.manifest import DamagedCheckpoint, WrongCheckpoint, _digest
 from mpdqn.mesh import World
 from mpdqn.replay.rows import FRAMES
-from mpdqn.train import TrainConfig, train
+from mpdqn.train import TrainConfig, TrainResult, train
+from mpdqn.train import run as running
 from mpdqn.train.check import check
 from mpdqn.train.lock import FolderInUse, RunLock, in_use
-from mpdqn.train.resume import recorded_config
+from mpdqn.train.resume import recorded_config, run_id
 from mpdqn.train.run import train_in
 from mpdqn.train.status import describe, read_status
+from mpdqn.train.stop import StopSignal
 from tests.train.settings import small
 from tests.train.stopping import train_for
 
@@ -37,6 +39,12 @@ def stop_a_run(out: Path, **settings: Any) -> Path:
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return stop_a_run(tmp_path_factory.mktemp("runs"))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> TrainResult:
+    """The same run without a stop."""
+    return train(small(tmp_path_factory.mktemp("whole")))
 
 
 @pytest.fixture
@@ -112,9 +120,67 @@ def test_a_run_that_is_being_trained(folder: Path) -> None:
     assert not in_use(folder)
 
 
+class Intruding(StopSignal):
+    """While a run is under way, `attempt` is made once; then the run is stopped."""
+
+    def __init__(self, attempt: Callable[[], None]) -> None:
+        self._attempt, self._rounds = attempt, 0
+        super().__init__()
+
+    @property
+    def received(self) -> bool:  # type: ignore[override]
+        self._rounds += 1
+        if self._rounds == 70:  # the first update came after round 62
+            self._attempt()
+        return self._rounds > 70
+
+    @received.setter
+    def received(self, value: bool) -> None:
+        """It begins as not received."""
+
+
+def test_replay_that_a_live_run_has_mapped_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that was stopped had its replay there; its files were cleared away, and another run has its own there now.
+    Resuming the first deleted the frames of the second while that trained."""
+    scratch = tmp_path / "scratch"
+    first = stop_a_run(tmp_path / "first", replay_dir=scratch)
+    for path in scratch.glob("shard-*"):
+        shutil.rmtree(path)
+    job = check(recorded_config(first))  # and as where the second began a moment later
+    attempts: list[str] = []
+
+    def intrude() -> None:
+        before = {path: path.stat().st_ino for path in scratch.glob(f"shard-*/{FRAMES}")}
+        assert len(before) == 4
+        with monkeypatch.context() as patch:
+            patch.setattr(running, "StopSignal", StopSignal)
+            with pytest.raises(FolderInUse) as late:
+                train_in(world, job)
+            with pytest.raises(FolderInUse) as early:
+                train(resume=first)
+            with pytest.raises(FolderInUse) as fresh:
+                train(small(tmp_path / "third", replay_dir=scratch))
+        attempts.extend(str(caught.value) for caught in (early, fresh, late))
+        assert {path: path.stat().st_ino for path in scratch.glob(f"shard-*/{FRAMES}")} == before
+        assert not (tmp_path / "third").exists() or not list((tmp_path / "third").iterdir())
+
+    monkeypatch.setattr(running, "StopSignal", lambda: Intruding(intrude))
+    with World.open("cpu", 60) as world:
+        second = train_in(world, check(small(tmp_path / "second", replay_dir=scratch)))
+    assert second.stopped_at == 8 * 71
+    assert len(attempts) == 3
+    for text in attempts:
+        assert text.startswith(f"--replay-dir {scratch} has the replay of a live run, shard 0 of process {os.getpid()}")
+        assert "\n" not in text
+    assert read_status(second.folder).state == "stopped"
+    assert read_status(first).state == "stopped"
+
+
 def test_a_run_that_has_ended(tmp_path: Path) -> None:
     result = train(small(tmp_path, checkpoint_every=800))
     assert not CheckpointFolder(result.folder).found(), "a run that has ended needs none"
+    for name in ("config.json", "environment.json", "records.jsonl"):
+        assert str(tmp_path) not in (result.folder / name).read_text(), "where it lay is nobody's business"
     refused(result.folder, "is finished, all its 1600 frames are played; give more --frames")
     refused(result.folder, "is finished and has no checkpoint of its end, to train on to 2000 frames", frames=2_000)
 
@@ -140,8 +206,27 @@ def test_checkpoints_of_another_run_or_network(folder: Path, tmp_path: Path) -> 
     mine = stop_a_run(tmp_path / "mine", network=f"{network}:make_network")
     network.write_text(source.replace("Conv2d(c, 4, 3", "Conv2d(c, 5, 3").replace("Linear(4 *", "Linear(5 *"))
     refused(
-        mine, "is of another network: 1.weight is float32 [4, 4, 3, 3] there and float32 [5, 4, 3, 3]", WrongCheckpoint
+        mine,
+        "is of another network: 1.weight is float32 [4, 4, 3, 3] there and float32 [5, 4, 3, 3]",
+        WrongCheckpoint,
+        trust=True,
     )
+
+
+def test_a_folder_of_an_earlier_version(folder: Path, whole: TrainResult, tmp_path: Path) -> None:
+    """Its configuration lacks what was added since. A setting whose default is not what was done before needs another
+    answer than `ADDED`."""
+    about = json.loads((Path(__file__).parent / "config-0.1.0.json").read_text())
+    about["run"] = run_id(folder)
+    (folder / "config.json").write_text(json.dumps(about))
+    older = Path(shutil.copytree(folder, tmp_path / "older"))
+    again = train(resume=folder)
+    assert again.episodes == whole.episodes
+    del about["config"]["env_workers"]
+    (older / "config.json").write_text(json.dumps(about))
+    refused(older, "has the settings [] too many and ['env_workers'] too few; resume with the version of mpdqn that")
+    with pytest.raises(ValueError, match=r"that began the run \(0\.1\.0\)"):
+        train(resume=older)
 
 
 def test_no_checkpoint_that_is_whole(folder: Path) -> None:
@@ -150,10 +235,29 @@ def test_no_checkpoint_that_is_whole(folder: Path) -> None:
     refused(folder, "none of the 1 checkpoints in", DamagedCheckpoint)
 
 
-def test_a_run_without_a_checkpoint_begins_anew(folder: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_whose_digests_are_right_and_whose_content_is_not(folder: Path) -> None:
+    """It raised TypeError, KeyError or RuntimeError, on the rank that came to it first."""
+    (path,) = (folder / "checkpoints").glob("0*/manifest.json")
+    body = json.loads(path.read_text())
+    del body["digest"]
+    counters, tensors = body["counters"], body["tensors"]
+    without = {name: value for name, value in tensors.items() if not name.startswith("games.2.")}
+    ring = tensors["replay.1.written"]
+    for changes, message in (
+        ({"counters": counters | {"row_before": None}}, "is damaged: its counter row_before is 'None'"),
+        ({"counters": counters | {"steps_played": "9"}}, "is damaged: its counter steps_played is '9'"),
+        ({"tensors": tensors | {"replay.1.written": ring | {"shape": [2, 1]}}}, "cannot be restored: "),
+        ({"tensors": without}, "cannot be restored: KeyError('games.2."),
+        ({"tensors": tensors | {"queue.0": ring}}, "cannot be restored: IndexError("),
+    ):
+        changed = body | changes
+        path.write_text(json.dumps(changed | {"digest": _digest(changed)}))
+        refused(folder, message, DamagedCheckpoint)
+
+
+def test_a_run_without_a_checkpoint_begins_anew(folder: Path, whole: TrainResult) -> None:
     """It was killed before its first."""
     shutil.rmtree(folder / "checkpoints")
-    whole = train(small(tmp_path / "whole"))
     again = train(resume=folder)
     assert again.folder == folder
     assert again.episodes == whole.episodes
