@@ -1,9 +1,9 @@
-"""`open_logs`: the progress of a run as CSV and TensorBoard events, and on Weights & Biases if asked.
+"""`open_logs`: the progress of a run as CSV, as TensorBoard events if that is installed, on Weights & Biases if asked.
 
     folder/progress.csv    frames,loss,return    the one that mpdqn reads again: `read_progress`
                            4000,0.021,
                            8000,0.019,-20.5      an empty cell: not measured at that time
-    folder/tensorboard/events.out.tfevents.…
+    folder/tensorboard/events.out.tfevents.…       with the extra tensorboard
 
 Environment frames are the only clock. A run that is resumed goes on in the same files.
 """
@@ -11,13 +11,15 @@ Environment frames are the only clock. A run that is resumed goes on in the same
 from __future__ import annotations
 
 import csv
-import importlib.util
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol, Self
+
+from mpdqn.extras import install_command, missing_packages, require_extra
 
 PROGRESS = "progress.csv"
 """The file of a run's folder that holds its progress."""
@@ -74,8 +76,7 @@ def check_logs(*, wandb: bool = False) -> None:
     """
     if not wandb:
         return
-    if importlib.util.find_spec("wandb") is None:
-        raise ValueError("logging to Weights & Biases needs wandb; pip install 'mpdqn[wandb]'")
+    require_extra("wandb", "logging to Weights & Biases")
     import wandb as weights_and_biases
 
     try:
@@ -99,9 +100,17 @@ def open_logs(folder: Path, *, wandb: bool = False, config: Mapping[str, Any], r
     Raises:
         ValueError: if ``wandb`` is asked for and the extra is not installed.
     """
-    remote: list[Sink] = [_Wandb(folder, config)] if wandb else []  # first: it is the one that may be missing
+    remote: list[Sink] = [_Wandb(folder, config)] if wandb else []  # first: it is refused if its extra is missing
     folder.mkdir(parents=True, exist_ok=True)
-    return Logs([ProgressFile(folder / PROGRESS, resume_at), _TensorBoard(folder / "tensorboard", resume_at), *remote])
+    local: list[Sink] = [ProgressFile(folder / PROGRESS, resume_at)]
+    if missing := missing_packages("tensorboard"):
+        note = (
+            f"no TensorBoard log: it needs {missing}; {install_command('tensorboard')} ({PROGRESS} has the same rows)"
+        )
+        print(note, file=sys.stderr)
+    else:
+        local.append(_TensorBoard(folder / "tensorboard", resume_at))
+    return Logs([*local, *remote])
 
 
 def read_progress(folder: Path) -> list[dict[str, float]]:

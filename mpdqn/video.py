@@ -9,6 +9,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from mpdqn.extras import require_extra
+
 FRAMES_PER_SECOND = 15  # 60 of the game, one in 4 of which is shown to the agent
 _HEIGHT = 320  # pixels, about
 
@@ -45,11 +47,9 @@ def open_video(path: Path, *, frames_per_second: float = FRAMES_PER_SECOND) -> V
     """
     if path.suffix != ".mp4":
         raise ValueError(f"{path} is no name of an mp4; try {path.with_suffix('.mp4')}")
-    try:
-        import imageio.v2
-        import imageio_ffmpeg  # noqa: F401  (imageio finds it, and would complain only at the first frame)
-    except ImportError:
-        raise ValueError("a video needs imageio and ffmpeg; pip install 'mpdqn[video]'") from None
+    require_extra("video", "a video")  # imageio would miss ffmpeg only at the first frame
+    import imageio.v2
+
     path.parent.mkdir(parents=True, exist_ok=True)
     # `picture` gives even sizes, which is all that the codec needs; imageio would resize to multiples of 16.
     return Video(imageio.v2.get_writer(path, fps=frames_per_second, macro_block_size=2, ffmpeg_log_level="error"))

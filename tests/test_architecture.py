@@ -15,6 +15,8 @@ PURE = [
     "mpdqn.timeline",
     "mpdqn.records",
     "mpdqn.randomness",
+    "mpdqn.scores",
+    "mpdqn.extras",
     "mpdqn.schedule",
     "mpdqn.planner",
     "mpdqn.planner.costs",

@@ -40,7 +40,7 @@ def test_channels() -> None:
     assert len(np.unique(picture(objects))) == 4
 
 
-@pytest.mark.parametrize("package", ["imageio.v2", "imageio_ffmpeg"])
+@pytest.mark.parametrize("package", ["imageio", "imageio_ffmpeg"])
 def test_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, package: str) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(ValueError, match=r"pip install 'mpdqn\[video\]'"):

@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter
 from numpy.typing import NDArray
 
-from mpdqn.bench.plots import save, style
+from mpdqn.extras import require_extra
 from mpdqn.logs import FRAMES, read_progress
 from mpdqn.records import RECORDS, Record, read_records
 from mpdqn.scores import bootstrap_interval, iqm
@@ -87,8 +85,11 @@ def curves(config: CurvesConfig) -> tuple[Path, Path]:
     """Draw the learning curves of ``config.runs`` and return the paths of SVG and PNG.
 
     Raises:
-        ValueError: if a folder is no training run, or has nothing in the column.
+        ValueError: if a folder is no training run, or has nothing in the column; without the extra ``plot``.
     """
+    require_extra("plot", "drawing curves")
+    from mpdqn.bench.plots import save  # here, as matplotlib is an extra
+
     if not config.runs:
         raise ValueError("no runs to draw; give the folders of one or more training runs")
     scores = (read_curve(folder, config.column, config.window) for folder in config.runs)
@@ -126,7 +127,12 @@ def group(runs: Iterable[Run], average: Literal["mean", "iqm"] = "mean", band: B
 
 
 def curves_figure(lines: Sequence[Curve], config: CurvesConfig) -> Any:
-    """A `matplotlib.figure.Figure` of ``lines``; `mpdqn.bench.plots.save` writes it."""
+    """A `matplotlib.figure.Figure` of ``lines``; `mpdqn.bench.plots.save` writes it. Needs the extra ``plot``."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
+
+    from mpdqn.bench.plots import style
+
     with style():
         figure = Figure(figsize=(6.4, 3.8), layout="constrained")
         axes = figure.add_subplot()

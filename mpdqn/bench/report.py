@@ -5,6 +5,7 @@ records.jsonl ─▶ table.md, table.tex, throughput.svg, throughput.png        
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from mpdqn.bench.rows import rows_of
 from mpdqn.bench.tables import Table
 from mpdqn.bench.trace import read_trace
 from mpdqn.bench.verdict import verdict
+from mpdqn.extras import install_command, missing_packages
 from mpdqn.records import RECORDS, TRACES, Record, read_records
 
 
@@ -32,17 +34,23 @@ class Report:
 def write_report(folder: Path, records: Iterable[Record]) -> Report:
     """Write table and figure of ``records`` into ``folder``, over those of an earlier call; same records, same bytes.
 
+    Without the extra ``plot`` there are no figures, and a line on stderr says so.
+
     Raises:
         ValueError: if there are no records of a comparison, one lacks a value, or a trace cannot be read.
     """
-    # Matplotlib takes most of a second to import, and no worker draws.
-    from mpdqn.bench.gantt import gantt
-    from mpdqn.bench.plots import save, throughput_figure
-
     records = tuple(records)
     report = Report(table=compare_table(records), verdict=verdict(records))
     (folder / "table.md").write_text(report.markdown(), encoding="utf-8")
     (folder / "table.tex").write_text(report.table.latex(), encoding="utf-8")
+    if missing := missing_packages("plot"):
+        note = f"no plots: they need {missing}; {install_command('plot')}, then mpdqn compare --render-only {folder}"
+        print(note, file=sys.stderr)
+        return report
+    # Matplotlib is an extra, and takes most of a second to import; no worker draws.
+    from mpdqn.bench.gantt import gantt
+    from mpdqn.bench.plots import save, throughput_figure
+
     save(throughput_figure(records), folder / "throughput")
     for path in sorted((folder / TRACES).glob("*.json")):
         try:

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from mpdqn.environments.spec import EnvironmentSpec
 
 if TYPE_CHECKING:
-    from mpdqn.environments.atari import FRAMES_PER_ACTION, AtariEnvironment, find_game
+    from mpdqn.environments.atari import AtariEnvironment
+    from mpdqn.environments.atari_games import FRAMES_PER_ACTION, find_game
     from mpdqn.environments.batched import BatchedEnvironment
     from mpdqn.environments.names import environment_names, environment_spec, make_environment
 
@@ -27,12 +28,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "FRAMES_PER_ACTION": "atari",
+    "FRAMES_PER_ACTION": "atari_games",
     "AtariEnvironment": "atari",
     "BatchedEnvironment": "batched",
     "environment_names": "names",
     "environment_spec": "names",
-    "find_game": "atari",
+    "find_game": "atari_games",
     "make_environment": "names",
 }
 

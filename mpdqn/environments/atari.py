@@ -20,44 +20,19 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from ale_py import roms
 from ale_py.vector_env import AtariVectorEnv
 from numpy.typing import NDArray
 
+from mpdqn.environments.atari_games import FRAMES_PER_ACTION
 from mpdqn.environments.batched import BatchedEnvironment, Outcome
-from mpdqn.environments.nearest import nearest
 from mpdqn.environments.spec import EnvironmentSpec
 
-FRAMES_PER_ACTION = 4
 STACK = 4
 HEIGHT = WIDTH = 84
 STICKY_ACTION_PROBABILITY = 0.25
 MAX_EPISODE_FRAMES = 108_000
 RESERVE_AFTER = 128
 """The step of an episode at which the next is loaded: short collections and episodes never pay for it."""
-
-
-def games() -> dict[str, str]:
-    """All ROMs' names, by the same name without underscores."""
-    return {game.replace("_", ""): game for game in roms.get_all_rom_ids()}
-
-
-def bare_name(name: str) -> str:
-    """``"ALE/MsPacman-v5"``, ``"MsPacman"`` and ``"ms_pacman"`` without what they differ in."""
-    return name.lower().removeprefix("ale/").removesuffix("-v5").replace("_", "")
-
-
-def find_game(name: str) -> str:
-    """The ROM's name of a game: ``"ms_pacman"`` for itself, ``"MsPacman"`` and ``"ALE/MsPacman-v5"``.
-
-    Raises:
-        ValueError: for any other name; the nearest one is offered.
-    """
-    found, bare = games(), bare_name(name)
-    if bare in found:
-        return found[bare]
-    near = found[nearest(bare, found)]
-    raise ValueError(f"there is no environment {name!r} among the {len(found)} Atari games; try {near!r}")
 
 
 def game_spec(game: str) -> EnvironmentSpec:
@@ -98,7 +73,7 @@ class AtariEnvironment(BatchedEnvironment):
     """N games of one kind; see `BatchedEnvironment` for keys and shapes.
 
     Args:
-        game: the ROM's name, see `find_game`.
+        game: the ROM's name, see `atari_games.find_game`.
         num_envs: N.
         seed: the run's seed.
         first_index: global index of the first of the N environments.

@@ -19,8 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdqn.environments.batched import BatchedEnvironment, Outcome
-from mpdqn.environments.extras import require_extra
 from mpdqn.environments.spec import EnvironmentSpec
+from mpdqn.extras import require_extra
 
 STICKY_ACTION_PROBABILITY = 0.1
 MAX_EPISODE_STEPS = 10_000
@@ -47,7 +47,7 @@ class MinAtarGame:
         Raises:
             ValueError: without the extra ``minatar``.
         """
-        require_extra("minatar", modules=("minatar",), name=self.name)
+        require_extra("minatar", f"environment {self.name!r}")
         return EnvironmentSpec(
             name=self.name,
             observation_shape=(self.channels, 10, 10),

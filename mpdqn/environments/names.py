@@ -1,6 +1,6 @@
 """The names of all environments, and how each is found and made.
 
-    "pong"  "ALE/Pong-v5"                     Atari games, `mpdqn.environments.atari`
+    "pong"  "ALE/Pong-v5"                     Atari games, `mpdqn.environments.atari` and `atari_games`
     "minatar-breakout"  "MinAtar/Breakout-v1" small games, `mpdqn.environments.minatar`
     "highway"  "car-racing"  "CarRacing-v3"   driving, `mpdqn.environments.driving`
     "reacher"  "HalfCheetah-v5"               robot control, `mpdqn.environments.robot`
@@ -16,16 +16,16 @@ import warnings
 import gymnasium
 
 from mpdqn.environments import driving, robot
-from mpdqn.environments.atari import AtariEnvironment, bare_name, find_game, game_spec, games
+from mpdqn.environments.atari_games import bare_name, find_game, games
 from mpdqn.environments.batched import BatchedEnvironment
 from mpdqn.environments.discretize import BINS
-from mpdqn.environments.extras import require_extra
 from mpdqn.environments.minatar import GAMES, MinAtarEnvironment, MinAtarGame, find_minatar
 from mpdqn.environments.nearest import nearest
 from mpdqn.environments.own import find_registered, own_kind
 from mpdqn.environments.simulated import SimulatedEnvironment
 from mpdqn.environments.simulator import SimulatedKind
 from mpdqn.environments.spec import EnvironmentSpec
+from mpdqn.extras import require_extra
 
 
 def environment_names() -> dict[str, list[str]]:
@@ -72,6 +72,8 @@ def make_environment(
         warnings.warn(f"workers has no effect on {name!r}, which is quick enough in one process", stacklevel=2)
     if isinstance(kind, MinAtarGame):
         return MinAtarEnvironment(kind, num_envs=num_envs, seed=seed, first_index=first_index)
+    from mpdqn.environments.atari import AtariEnvironment  # here, as ale-py is an extra
+
     return AtariEnvironment(kind, num_envs=num_envs, seed=seed, first_index=first_index, num_threads=num_threads)
 
 
@@ -84,7 +86,11 @@ def environment_spec(name: str, *, bins: int | None = None) -> EnvironmentSpec:
     kind = _find(name, bins)
     if isinstance(kind, SimulatedKind):
         return kind.spec
-    return kind.spec() if isinstance(kind, MinAtarGame) else game_spec(kind)
+    if isinstance(kind, MinAtarGame):
+        return kind.spec()
+    from mpdqn.environments.atari import game_spec
+
+    return game_spec(kind)
 
 
 def _find(name: str, bins: int | None) -> str | MinAtarGame | SimulatedKind:
@@ -92,15 +98,17 @@ def _find(name: str, bins: int | None) -> str | MinAtarGame | SimulatedKind:
     if bins is not None and bins < 2:
         raise ValueError(f"bins is {bins} but a continuous action needs at least 2 values")
     if game := find_minatar(name):
-        require_extra("minatar", modules=("minatar",), name=game.name)
+        require_extra("minatar", f"environment {game.name!r}")
         return game
     if name.lower().startswith("ale/") or bare_name(name) in games():
-        return find_game(name)
+        rom = find_game(name)
+        require_extra("atari", f"environment {rom!r}")
+        return rom
     simulated = driving.scenes() | robot.tasks()
     by_id = {str(kind.config.make): kind for kind in simulated.values()}
     kind = simulated.get(name.lower().replace("_", "-")) or by_id.get(name)
     if kind is not None:
-        require_extra(kind.extra, modules=kind.modules, name=kind.spec.name)
+        require_extra(kind.extra, f"environment {kind.spec.name!r}", kind.modules)
         if bins is not None and kind.spec.branches:
             kind = kind.with_bins(bins)
     elif registered := find_registered(name):

@@ -36,7 +36,7 @@ from mpdqn.environments import EnvironmentSpec
 from mpdqn.records import RECORDS, Record, read_records, without_place, without_places
 from mpdqn.train.check import check
 from mpdqn.train.config import TrainConfig, TrainJob
-from mpdqn.train.resume import CONFIG, NOT_RECORDED, PROVENANCE, check_code, code_named_by
+from mpdqn.train.resume import CONFIG, NOT_RECORDED, PROVENANCE, REMOVED, check_code, code_named_by
 
 WEIGHTS = "weights.pt"
 POLICY = "policy.pt2"
@@ -152,7 +152,7 @@ def load_run(folder: Path, *, network: str = "", env: str = "", trust: bool = Fa
     try:
         about = json.loads((folder / CONFIG).read_text())
         recorded = {name: about["config"][name] for name in ("network", "env")}
-        strange = sorted(set(about["config"]) - {field.name for field in fields(TrainConfig)})
+        strange = sorted(set(about["config"]) - {field.name for field in fields(TrainConfig)} - {*REMOVED})
         if not all(isinstance(value, str) for value in recorded.values()):
             raise TypeError(f"its network and environment are {recorded}")
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -169,7 +169,7 @@ def load_run(folder: Path, *, network: str = "", env: str = "", trust: bool = Fa
         state = torch.load(folder / WEIGHTS, weights_only=True)
     except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise _not_finished(folder, error) from error
-    values = {name: value for name, value in about["config"].items() if name not in NOT_RECORDED}
+    values = {name: value for name, value in about["config"].items() if name not in {*NOT_RECORDED, *REMOVED}}
     values |= {"out": folder.parent, "replay_dir": None, "resume": None}
     # Where it ran says nothing about the network: load on one process, whatever the layout was.
     here = {

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
+import sys
 
 import pytest
+from ale_py import roms
 
-from mpdqn.environments import environment_names, environment_spec, extras, make_environment
+from mpdqn.environments import environment_names, environment_spec, make_environment
+from mpdqn.environments.atari_games import ROMS
 
 from .toy import MODULE
 
@@ -37,6 +39,10 @@ def test_every_field_lists_its_names():
         assert {environment_spec(name).field for name in names[field]} == {field}
 
 
+def test_the_games_that_are_known_without_ale_py_are_those_of_ale_py():
+    assert sorted(ROMS) == sorted(roms.get_all_rom_ids())
+
+
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
@@ -59,15 +65,20 @@ def test_a_module_that_cannot_be_imported_is_named():
 
 
 @pytest.mark.parametrize(
-    ("name", "extra"), [("minatar-breakout", "minatar"), ("highway", "driving"), ("reacher", "robot")]
+    ("name", "packages", "extra"),
+    [
+        ("pong", "ale-py", "atari"),
+        ("minatar-breakout", "MinAtar", "minatar"),
+        ("highway", "highway-env and pygame-ce", "driving"),
+        ("car-racing", "Box2D and pygame-ce", "driving"),
+        ("reacher", "mujoco", "robot"),
+    ],
 )
-def test_a_missing_extra_is_named(name, extra, monkeypatch):
+def test_a_missing_extra_is_named(name, packages, extra, monkeypatch):
     """With none of the extras installed, before anything is imported."""
-    hidden = {"minatar", "highway_env", "Box2D", "pygame", "mujoco"}
-    monkeypatch.setattr(
-        extras, "find_spec", lambda module: None if module in hidden else importlib.util.find_spec(module)
-    )
-    expected = rf"environment '{name}' needs the extra '{extra}': pip install 'mpdqn\[{extra}\]'"
+    for module in ("ale_py", "minatar", "highway_env", "Box2D", "pygame", "mujoco"):
+        monkeypatch.setitem(sys.modules, module, None)
+    expected = rf"environment '{name}' needs {packages}; pip install 'mpdqn\[{extra}\]'"
     with pytest.raises(ValueError, match=expected):
         environment_spec(name)
     with pytest.raises(ValueError, match=expected):
