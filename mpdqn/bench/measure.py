@@ -20,7 +20,8 @@ class RankMeasurement:
 
     ``exchange_s`` is what a rank waits at the end of its actions for the gradients of replicas and the norm of all
     stages, the slowest rank's work included. ``late_pass_s`` is what target passes take that could not run ahead, as
-    once after every target refresh; 0 for schedules that run none ahead.
+    once after every target refresh; 0 for schedules that run none ahead. ``compiled_modules`` counts those that ran as
+    torch.compile compiled them.
     """
 
     step_s: float
@@ -30,6 +31,7 @@ class RankMeasurement:
     bytes_sent: int
     peak_memory_bytes: int
     late_pass_s: float = 0.0
+    compiled_modules: int = 0
 
     @classmethod
     def of(
@@ -40,6 +42,7 @@ class RankMeasurement:
         bytes_sent: int,
         peak_memory_bytes: int,
         late_pass_s: float = 0.0,
+        compiled_modules: int = 0,
     ) -> RankMeasurement:
         """The measurement of ``rank`` from the timeline of each step and the ``seconds`` that all took."""
         work = {span.kind for timeline in timelines for span in timeline.spans} - set(NO_WORK)
@@ -51,6 +54,7 @@ class RankMeasurement:
             bytes_sent=bytes_sent // len(timelines),
             peak_memory_bytes=peak_memory_bytes,
             late_pass_s=late_pass_s,
+            compiled_modules=compiled_modules,
         )
 
 
@@ -80,4 +84,5 @@ def combine(arrangement: Arrangement, ranks: Sequence[RankMeasurement], batch_si
         "late_pass_s": max(rank.late_pass_s for rank in ranks),
         "bytes_sent": [rank.bytes_sent for rank in ranks],
         "peak_memory_bytes": [rank.peak_memory_bytes for rank in ranks],
+        "compiled_modules": [rank.compiled_modules for rank in ranks],
     }

@@ -286,7 +286,7 @@ class Trials:
         acceleration = Acceleration() if probe else self._accelerations[layout]
         if self._world.device.type == "cuda":
             acceleration.set_products()
-        if acceleration.compiled:  # else all turns of all rows would share torch's limit on compiled variants
+        if acceleration.compiled:  # what earlier turns compiled is not used again, but would be kept
             torch.compiler.reset()
         config = self._job.workload.learner_config(lookahead=self._config.lookahead)
         learner = Learner(

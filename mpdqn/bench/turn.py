@@ -80,6 +80,7 @@ class Turn:
             sent,
             peak_memory(self._device),
             late_pass_s,
+            self.learner.compiled_modules,
         )
 
     def trace(self, updates: int) -> list[Timeline]:
