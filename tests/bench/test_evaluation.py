@@ -81,7 +81,7 @@ def test_a_run_with_a_video(tmp_path: Path) -> None:
 
 
 def test_without_the_extra_nothing_is_played(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "imageio.v2", None)
+    monkeypatch.setitem(sys.modules, "imageio", None)
     config = EvaluateConfig(run=tmp_path, video=tmp_path / "episode.mp4")
     with pytest.raises(ValueError, match=r"mpdqn\[video\]"):
         run_evaluation(config, make_network("nature", (4, 84, 84), 6, width=None, seed=0), "no such game")
