@@ -17,7 +17,7 @@ from mpdqn import extras
 
 ROOT = Path(__file__).parents[1]
 # What the extras bring, and what comes with them and could be imported by mistake.
-OPTIONAL = {module for modules in extras.EXTRAS.values() for module in modules} | {"scipy", "pandas", "seaborn"}
+OPTIONAL = {module for modules in extras.EXTRAS.values() for module in modules} | {"pandas", "seaborn"}
 
 NEEDS_MATPLOTLIB = {"mpdqn.bench.plots", "mpdqn.bench.gantt"}
 NEEDS_ALE = {"mpdqn.environments.atari"}

@@ -6,7 +6,6 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
 
 from mpdqn.environments.atari_games import ROMS
 from mpdqn.scores import ATARI_57, Statistic, bootstrap_interval, human_normalized, iqm
@@ -33,31 +32,6 @@ def test_the_numbers_of_rliable(statistic: Statistic, estimate: float, low: floa
     interval = bootstrap_interval(SCORES, statistic, resamples=20_000)
     assert interval.estimate == pytest.approx(estimate, abs=1e-6)
     assert (interval.low, interval.high) == (pytest.approx(low, abs=0.012), pytest.approx(high, abs=0.012))
-
-
-@pytest.mark.parametrize("statistic", ["iqm", "mean", "median"])
-def test_the_interval_is_that_of_scipy(statistic: Statistic) -> None:
-    """The same draws from the same seed, so that the two differ by rounding only."""
-
-    def of(*games: np.ndarray, axis: int) -> np.ndarray:
-        if statistic == "median":
-            return np.median([game.mean(axis=axis) for game in games], axis=0)
-        scores = np.concatenate(games, axis=axis)
-        return stats.trim_mean(scores, 0.25, axis=axis) if statistic == "iqm" else scores.mean(axis=axis)
-
-    expected = stats.bootstrap(
-        tuple(np.array(SCORES).T),
-        of,
-        n_resamples=1_100,
-        confidence_level=0.9,
-        method="percentile",
-        vectorized=True,
-        batch=200,
-        rng=np.random.default_rng(7),
-    ).confidence_interval
-    interval = bootstrap_interval(SCORES, statistic, confidence=0.9, resamples=1_100, seed=7)
-    assert interval.low == pytest.approx(expected.low, abs=1e-12)
-    assert interval.high == pytest.approx(expected.high, abs=1e-12)
 
 
 def test_the_runs_of_each_game_are_resampled_for_themselves() -> None:
