@@ -162,7 +162,7 @@ class Heartbeat:
         self._own = abouts[rank]
         self.peers = [Peer(rank=r, about=abouts[r]) for r in range(size) if r != rank]
         self._listeners = [threading.Thread(target=self._listen, args=(p,), daemon=True) for p in self.peers]
-        self._monitor = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+        self._monitor = threading.Thread(target=self._guarded_watch, name="heartbeat", daemon=True)
         for thread in (*self._listeners, self._monitor):
             thread.start()
 
@@ -200,6 +200,15 @@ class Heartbeat:
                 if peer.beat.state == "failed":
                     peer.gone = f"failed: {peer.beat.action}"
                 return
+
+    def _guarded_watch(self) -> None:
+        """End this process if its monitor fails: the peers would take it for silent."""
+        try:
+            self._watch()
+        except Exception as error:
+            if not self._stopping.is_set():
+                Failure.of(error).report(self._pool, self.rank)
+                os._exit(2)
 
     def _watch(self) -> None:
         """[1], [3]: the body of the monitor thread."""

@@ -15,8 +15,9 @@ from torch import Tensor
 from mpdqn.dqn import agents
 from mpdqn.exchange.synchronous import SynchronousExchange
 from mpdqn.learner import Learner
-from mpdqn.pipeline.runtime import Pipeline, Values, _StaticStage
+from mpdqn.pipeline.runtime import Pipeline, Values
 from mpdqn.pipeline.stage import Stage
+from mpdqn.pipeline.static_stage import StaticStage
 from mpdqn.schedule import Action
 from mpdqn.schedule.actions import RECOMPUTE
 
@@ -87,19 +88,19 @@ def values_of_the_step_before() -> Any:
 
 
 def lost_weight_gradients_of_a_microbatch() -> Any:
-    real = _StaticStage.backward_weight_one_chunk
+    real = StaticStage.backward_weight
 
-    def backward_weight(self: _StaticStage, i: int) -> None:
+    def backward_weight(self: StaticStage, i: int) -> None:
         if i != 1:
             real(self, i)
 
-    return patch.object(_StaticStage, "backward_weight_one_chunk", backward_weight)
+    return patch.object(StaticStage, "backward_weight", backward_weight)
 
 
 def weight_gradients_twice() -> Any:
-    real = _StaticStage.backward_weight_one_chunk
+    real = StaticStage.backward_weight
 
-    def backward_weight(self: _StaticStage, i: int) -> None:
+    def backward_weight(self: StaticStage, i: int) -> None:
         parameters = list(self.submod.parameters())
         before = [0 if p.grad is None else p.grad.clone() for p in parameters]
         real(self, i)
@@ -107,17 +108,17 @@ def weight_gradients_twice() -> Any:
             if i == 2 and p.grad is not None:
                 p.grad += p.grad - old
 
-    return patch.object(_StaticStage, "backward_weight_one_chunk", backward_weight)
+    return patch.object(StaticStage, "backward_weight", backward_weight)
 
 
 def split_that_loses_the_gradient_of_the_input() -> Any:
-    real = _StaticStage.backward_input
+    real = StaticStage.backward_input
 
-    def backward_input(self: _StaticStage, i: int, loss: Tensor | None) -> Tensor | None:
+    def backward_input(self: StaticStage, i: int, loss: Tensor | None) -> Tensor | None:
         gradient = real(self, i, loss)
         return gradient if gradient is None else torch.zeros_like(gradient)
 
-    return patch.object(_StaticStage, "backward_input", backward_input)
+    return patch.object(StaticStage, "backward_input", backward_input)
 
 
 def recomputed_from_the_frames_of_another_microbatch() -> Any:
