@@ -28,7 +28,11 @@ class Message:
         self._work, self.tensor, self._group, self._waiting = work, tensor, group, waiting
 
     def done(self) -> bool:
-        """Whether `wait` would return at once. On a GPU it always would, but would hold the stream up: False."""
+        """Return whether `wait` would return at once.
+
+        On a GPU it always would, but would hold the stream up: False. To ask NCCL instead would let a rank start its
+        next collective before another rank's messages, and NCCL can deadlock when ranks disagree on that order.
+        """
         return self._work is None or (not self.tensor.is_cuda and self._work.is_completed())
 
     def wait(self) -> None:
