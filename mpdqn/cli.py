@@ -15,7 +15,7 @@ import tyro
 
 from mpdqn.failures import GRACE_S, PeerLost
 from mpdqn.launch import WorkerError
-from mpdqn.mesh import launched_rank
+from mpdqn.mesh import launched_rank, launched_world_size
 
 Config = TypeVar("Config")
 
@@ -48,14 +48,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return COMMANDS[command](rest) or 0
     except (ValueError, OSError, WorkerError, ArithmeticError) as error:
         _print_failure(command, error)
-        return 2
+        code = 2
     except PeerLost as error:  # under torchrun, where no parent of ours sorts causes from consequences
-        print(f"mpdqn {command}: {error}", file=sys.stderr, flush=True)
+        _print_failure(command, error)
         time.sleep(GRACE_S)
-        os._exit(2)  # the ordinary way out would wait for peers that are gone
+        code = 2
     except KeyboardInterrupt:
         print(f"mpdqn {command}: interrupted", file=sys.stderr)
-        return 128 + signal.SIGINT
+        code = 128 + signal.SIGINT
+    if launched_world_size() > 1:  # the ordinary way out could wait for peers, or be woken by them while it ends
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 def _print_failure(command: str, error: BaseException) -> None:

@@ -4,7 +4,7 @@
              monitor  [1] ── beat 7: "waiting for B from rank 1", 0.2 s ──▶ listener of rank 0  [2]
              listener of rank 1 ◀── beat 5: "1F0", 0.1 s, has seen 7 ──  monitor
 
-    [1] every interval the monitor sends its beat to every peer that has seen the one before, or waits for an answer
+    [1] every interval the monitor sends its beat to every peer, unless too many wait there unseen
     [2] a listener notes each beat of its peer; from then on the peer's silence counts anew
     [3] a peer that was silent for longer than the timeout, or that said that it failed, ends this process
 
@@ -34,7 +34,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mpdqn.failures import GRACE_S, POOL_FOLDER, Failure, PeerLost, first_line
+from mpdqn.failures import GRACE_S, Failure, PeerLost, first_line
 from mpdqn.traffic import bytes_from, own_addresses
 
 NO_LIMIT = timedelta(days=365)
@@ -42,6 +42,12 @@ NO_LIMIT = timedelta(days=365)
 
 BEAT_BYTES = 1024
 """Size of a beat on the wire."""
+
+MOST_UNSEEN = 5_000
+"""Beats that may be under way to one peer, 5 MB of them."""
+
+ENDING_S = 2.0
+"""Seconds that a rank which lost a peer has to say so."""
 
 
 class Activity:
@@ -122,7 +128,6 @@ class Peer:
     gone: str = ""
     gone_s: float = 0.0
     sent: int = 0
-    answered: int = 0
     in_flight: dict[int, tuple[dist.Work | None, Tensor]] = field(default_factory=dict)
 
     @property
@@ -146,13 +151,24 @@ class Heartbeat:
         group: a gloo group of all ranks that nothing else uses.
         timeout_s: seconds of silence after which a peer is lost.
         activity: what this rank's main thread notes.
+        pool: the folder of the pool that started this process; None without a pool.
+        store_port: TCP port of the launcher's store, whose bytes say nothing of a rank.
     """
 
-    def __init__(self, rank: int, group: dist.ProcessGroup, timeout_s: float, activity: Activity) -> None:
+    def __init__(
+        self,
+        rank: int,
+        group: dist.ProcessGroup,
+        timeout_s: float,
+        activity: Activity,
+        *,
+        pool: Path | None = None,
+        store_port: int = 0,
+    ) -> None:
         self.rank, self.timeout_s, self.activity = rank, timeout_s, activity
         self.interval_s = min(1.0, timeout_s / 10)
         self.on_loss: list[Callable[[str], None]] = []
-        self._group, self._pool = group, POOL_FOLDER.get()
+        self._group, self._pool, self._store_port = group, pool, store_port
         self._stopping, self._state, self._why = threading.Event(), "running", ""
         self._named_after = timeout_s
         size = dist.get_world_size(group)
@@ -178,10 +194,9 @@ class Heartbeat:
         self._stopping.set()
         self._monitor.join()
         self._send_all()
-        if error is None:
-            end = time.monotonic() + GRACE_S
-            for listener in self._listeners:
-                listener.join(max(0.0, end - time.monotonic()))
+        end = time.monotonic() + (GRACE_S if error is None else 0.0)
+        for listener in self._listeners:
+            listener.join(max(0.0, end - time.monotonic()))
 
     def _listen(self, peer: Peer) -> None:
         """[2] Note every beat of ``peer`` until it leaves, fails or is gone."""
@@ -195,10 +210,12 @@ class Heartbeat:
                 if not peer.left:
                     peer.gone = f"is gone ({first_line(error)})"
                 return
-            peer.beat, peer.received, peer.heard = Beat.decode(buffer), time.monotonic(), True
-            if peer.beat.state != "running":
-                if peer.beat.state == "failed":
-                    peer.gone = f"failed: {peer.beat.action}"
+            beat, before = Beat.decode(buffer), peer.beat
+            if beat.state == "failed":
+                peer.beat, peer.gone = replace(beat, action=before.action), f"failed: {beat.action}"
+                return
+            peer.beat, peer.received, peer.heard = beat, time.monotonic(), True
+            if beat.state == "leaving":
                 return
 
     def _guarded_watch(self) -> None:
@@ -206,9 +223,7 @@ class Heartbeat:
         try:
             self._watch()
         except Exception as error:
-            if not self._stopping.is_set():
-                Failure.of(error).report(self._pool, self.rank)
-                os._exit(2)
+            self._end(f"the heartbeat of {self.name(self.rank)} failed ({type(error).__name__}: {first_line(error)})")
 
     def _watch(self) -> None:
         """[1], [3]: the body of the monitor thread."""
@@ -245,11 +260,18 @@ class Heartbeat:
             )
 
     def _moves_bytes(self, peer: Peer) -> bool:
-        """Return whether bytes have come from the host of ``peer`` since the last call; False on the same host."""
-        if peer.about["host_id"] == self._own["host_id"]:
+        """Return whether bytes have come from the host of ``peer`` since the last call.
+
+        They excuse late beats of the only rank there. Where another rank of that host, or this one, is heard from the
+        same addresses, the link is not what is silent.
+        """
+        addresses = set(peer.about["addresses"])
+        heard = [p.about for p in self.peers if p is not peer and p.silent_s <= 2 * self.interval_s and not p.gone]
+        if any(addresses & set(about["addresses"]) for about in (self._own, *heard)):
             return False
-        before, peer.bytes_received = peer.bytes_received, bytes_from(peer.about["addresses"])
-        return peer.bytes_received > before
+        received = bytes_from(addresses, except_port=self._store_port)
+        before, peer.bytes_received = peer.bytes_received, received
+        return received > before
 
     def _name_who_is_waited_for(self) -> None:
         """Print, ever more rarely, what the peers do for which the main thread has waited longer than the timeout."""
@@ -258,23 +280,26 @@ class Heartbeat:
             self._named_after = self.timeout_s
         elif age >= self._named_after:
             self._named_after = 2 * age
-            busy = [p for p in self.peers if not p.beat.waits and not p.left and not p.gone]
-            others = "; ".join(
-                f"{peer} answers and is {peer.action(time.monotonic() - peer.received)}" for peer in busy
-            )
-            why = others or "all other ranks wait as well"
-            print(
-                f"mpdqn: {self.name(self.rank)} has been {action} for {age:.0f} s; {why}", file=sys.stderr, flush=True
-            )
+            why = "; ".join(filter(None, map(self._news_of, self.peers))) or "all other ranks wait as well"
+            _print(f"mpdqn: {self.name(self.rank)} has been {action} for {age:.0f} s; {why}")
+
+    def _news_of(self, peer: Peer) -> str:
+        """Return what ``peer`` does that keeps others waiting; empty if it waits as well."""
+        if peer.left or peer.gone:
+            return ""
+        if peer.silent_s > 3 * self.interval_s:
+            return f"{peer} has not answered for {peer.silent_s:.0f} s, last seen {peer.action()}"
+        if peer.beat.waits:
+            return ""
+        return f"{peer} answers and is {peer.action(time.monotonic() - peer.received)}"
 
     def _send_all(self) -> None:
-        """[1] Send a beat to every peer that has seen the last one, or the last beat of all to every peer."""
+        """[1] Send a beat, or the last beat of all, to every peer."""
         action, age, waits = self.activity.look()
         for peer in self.peers:
-            # Beats to a stopped peer would pile up. An answer is always sent: otherwise two ranks whose beats crossed
-            # would each wait for the other to say that it has seen them.
-            unseen, unanswered = peer.beat.seen < peer.sent, peer.answered < peer.beat.number
-            if peer.gone or peer.left or (unseen and not unanswered and self._state == "running"):
+            # Nothing ends a peer whose beats are late while its bytes come, and what it has seen is as late.
+            full = peer.sent - peer.beat.seen > MOST_UNSEEN
+            if peer.gone or ((peer.left or full) and self._state == "running"):
                 continue
             beat = Beat(
                 number=peer.sent + 1,
@@ -289,7 +314,7 @@ class Heartbeat:
             peer.in_flight = {number: sent for number, sent in peer.in_flight.items() if number > peer.beat.seen}
             try:
                 peer.in_flight[beat.number] = self._group.send([tensor], peer.rank, 0), tensor
-                peer.sent, peer.answered = beat.number, beat.seen
+                peer.sent = beat.number
             except RuntimeError as error:
                 peer.gone = f"is gone ({first_line(error)})"
 
@@ -303,21 +328,34 @@ class Heartbeat:
         """[3] End this process, because of ``what``, and a ``silent`` peer of the same host with it."""
         if self._stopping.is_set():
             return
-        action, age, _ = self.activity.look()
-        message = f"{what}; {self.name(self.rank)} was {action} (for {age:.0f} s)"
-        ended = () if silent is None else (silent.rank,)
-        replace(Failure.of(PeerLost(message)), ended=ended).report(self._pool, self.rank)
-        self._state, self._why = "failed", what
-        self._send_all()
-        if silent is not None:
-            _kill_here(silent.about, self._own)
-        # What is to be told besides, such as the run's status, may hang on the disk: it gets a second.
-        teller = threading.Thread(target=lambda: [tell(message) for tell in self.on_loss], daemon=True)
-        teller.start()
-        teller.join(1.0)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(2)
+        # Nothing below may hold this up: a full disk, a terminal that takes no more, a lock of the main thread.
+        limit = threading.Timer(ENDING_S, os._exit, (2,))
+        limit.daemon = True
+        limit.start()
+        try:
+            action, age, _ = self.activity.look()
+            message = f"{what}; {self.name(self.rank)} was {action} (for {age:.0f} s)"
+            self._state, self._why = "failed", what
+            self._send_all()
+            if silent is not None:
+                _kill_here(silent.about, self._own)
+            ended = () if silent is None else (silent.rank,)
+            replace(Failure.of(PeerLost(message)), ended=ended).report(self._pool, self.rank)
+            for tell in self.on_loss:
+                tell(message)
+            sys.stdout.flush()
+        finally:
+            os._exit(2)
+
+
+def _print(line: str) -> None:
+    """Print ``line`` on standard error, from a thread: one that takes no more would hold the beats up."""
+
+    def write() -> None:
+        with contextlib.suppress(OSError, ValueError):
+            print(line, file=sys.stderr, flush=True)
+
+    threading.Thread(target=write, name="notice", daemon=True).start()
 
 
 def _name(rank: int, about: dict[str, Any], role: str) -> str:

@@ -226,6 +226,7 @@ def _worker_environment() -> dict[str, str]:
     path = os.environ.get("PYTHONPATH", "")
     return {
         "GLOO_SOCKET_IFNAME": "lo",
+        "NCCL_SOCKET_IFNAME": "lo",
         # Otherwise the agent opens a TCP store for the workers, which listens on all interfaces.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "TORCH_DISTRIBUTED_DEBUG": "OFF",

@@ -33,7 +33,7 @@ from mpdqn.failures import POOL_FOLDER, PeerLost, first_line, tells_of_lost_peer
 from mpdqn.heartbeat import NO_LIMIT, Activity, Heartbeat
 from mpdqn.message import Message
 from mpdqn.plan import Plan
-from mpdqn.rendezvous import join
+from mpdqn.rendezvous import attempt, join
 
 T = TypeVar("T")
 
@@ -123,12 +123,18 @@ class World:
             own = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
             torch.cuda.set_device(own)
             backend = "nccl" if torch.cuda.device_count() >= launched_local_world_size() else "gloo"
-        join(backend, rank, size, timeout_s, POOL_FOLDER.get())
-        activity, heartbeat = Activity(), None
+        pool, activity, heartbeat = POOL_FOLDER.get(), Activity(), None
+        join(backend, rank, size, timeout_s, pool)
         if size > 1:
-            # Made within the timeout, like torch's default group: nothing watches over these ranks yet.
-            control = _new_group(range(size), "gloo", timedelta(seconds=timeout_s))
-            heartbeat = Heartbeat(rank, control, timeout_s, activity)
+            port = int(os.environ.get("MASTER_PORT", "0")) if pool is None else 0
+            limit = timedelta(seconds=timeout_s)
+            heartbeat = attempt(  # nothing watches over the ranks before it is there
+                f"rank {rank} of {size} could not connect to the other ranks",
+                timeout_s,
+                lambda: Heartbeat(
+                    rank, _new_group(range(size), "gloo", limit), timeout_s, activity, pool=pool, store_port=port
+                ),
+            )
         lobby = _new_group(range(size), "gloo")
         world = cls(rank=rank, size=size, device=own, lobby=lobby, activity=activity, heartbeat=heartbeat)
         activity.set("preparing")
@@ -137,12 +143,29 @@ class World:
         return world
 
     def _say_goodbye(self) -> None:
+        """Leave at the end of the interpreter; after an error, which it has printed, without its further clean-up.
+
+        A thread that waits inside gloo for a peer may not wake up while the interpreter ends.
+        """
+        error = getattr(sys, "last_value", None)
         if self.heartbeat is not None:
-            self.heartbeat.close(getattr(sys, "last_value", None))
+            self.heartbeat.close(error)
+        if error is not None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
 
     def name(self, rank: int) -> str:
         """Return ``rank`` with its host and its part in the layout, as messages name it."""
         return f"rank {rank}" if self.heartbeat is None else self.heartbeat.name(rank)
+
+    @contextlib.contextmanager
+    def on_loss(self, tell: Callable[[str], None]) -> Iterator[None]:
+        """Have ``tell`` called with the reason if a lost peer ends this process inside the context."""
+        listeners = [] if self.heartbeat is None else self.heartbeat.on_loss
+        listeners.append(tell)
+        yield
+        listeners.remove(tell)
 
     def group(self, ranks: Sequence[int], backend: str | None = None, purpose: str = "") -> dist.ProcessGroup:
         """Return the process group of ``ranks``, made once for each ``purpose``. Collective.

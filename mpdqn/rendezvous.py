@@ -54,23 +54,14 @@ def join(backend: str, rank: int, size: int, timeout_s: float, folder: Path | No
     limit = timedelta(seconds=timeout_s)
     where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}" if folder is None else "a file"
 
-    try:
-        store = within(timeout_s + MARGIN_S, lambda: _store(rank, size, limit, folder))  # [1]
-        within(timeout_s + MARGIN_S, lambda: _call_roll(store, rank, size, timeout_s))  # [2]
-        within(  # [3]
-            timeout_s + MARGIN_S,
-            lambda: dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit),
-        )
-    except TimeoutError as error:
-        raise PeerLost(
-            f"rank {rank} of {size} had no answer from the rendezvous at {where} ({error}); look at what listens there"
-        ) from None
-    except PeerLost:
-        raise
-    except (RuntimeError, ValueError) as error:  # torch's network errors bring a C++ stack along
-        raise PeerLost(
-            f"rank {rank} of {size} could not join the others through the rendezvous at {where}: {first_line(error)}"
-        ) from None
+    problem = f"rank {rank} of {size} could not join the others through the rendezvous at {where}"
+    store = attempt(problem, timeout_s, lambda: _store(rank, size, limit, folder))  # [1]
+    attempt(problem, timeout_s, lambda: _call_roll(store, rank, size, timeout_s))  # [2]
+    attempt(  # [3]
+        problem,
+        timeout_s,
+        lambda: dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit),
+    )
 
 
 def _store(rank: int, size: int, limit: timedelta, folder: Path | None) -> Store:
@@ -117,11 +108,12 @@ def _call_roll(store: Store, rank: int, size: int, timeout_s: float) -> None:
         )
 
 
-def within(seconds: float, function: Callable[[], T]) -> T:
-    """Return what ``function`` returns, called in a thread.
+def attempt(problem: str, timeout_s: float, function: Callable[[], T]) -> T:
+    """Return what ``function`` returns; it is called in a thread.
 
     Raises:
-        TimeoutError: if it has not ended after ``seconds``; its thread is left behind then.
+        PeerLost: if it fails, or does not end some seconds after the timeout; its thread is left behind then. The
+            message begins with ``problem``. torch's own bring a C++ stack along, of which the first line is kept.
     """
     results: list[T] = []
     failures: list[BaseException] = []
@@ -134,9 +126,11 @@ def within(seconds: float, function: Callable[[], T]) -> T:
 
     thread = threading.Thread(target=call, name="rendezvous", daemon=True)
     thread.start()
-    thread.join(seconds)
-    if failures:
-        raise failures[0]
+    thread.join(timeout_s + MARGIN_S)
+    for error in failures:
+        if isinstance(error, PeerLost) or not isinstance(error, (RuntimeError, ValueError)):
+            raise error
+        raise PeerLost(f"{problem}: {first_line(error)}") from None
     if not results:
-        raise TimeoutError(f"none within {seconds:g} s")
+        raise PeerLost(f"{problem}: no answer within {timeout_s + MARGIN_S:g} s; look at what listens there")
     return results[0]

@@ -5,10 +5,14 @@ Each phase of a run has its fault: a rank that is stopped (SIGSTOP) there, and o
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import re
 import shutil
 import signal
+import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,14 +23,17 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from mpdqn import mesh
 from mpdqn.actors import Actors
 from mpdqn.bench.config import CompareConfig
 from mpdqn.bench.config import check as check_compare
 from mpdqn.bench.trial import Trials, run_trials
 from mpdqn.checkpoint import saver
+from mpdqn.failures import POOL_FOLDER, Failure
 from mpdqn.heartbeat import BEAT_BYTES, Activity, Beat
 from mpdqn.mesh import World
 from mpdqn.pipeline.runtime import Pipeline
+from mpdqn.traffic import bytes_from, own_addresses
 from mpdqn.train import session
 from mpdqn.train.batches import BatchQueue
 from mpdqn.train.check import check
@@ -79,7 +86,7 @@ TRAINING = {
     "drawing": (BatchQueue, "batches", "drawing the batch of update"),
     "learning": (Pipeline, "_forward", r"computing \d[TDF]\d"),
     "evaluating": (session, "evaluate", "evaluating"),
-    "checkpointing": (saver, "save", "starting a checkpoint|playing|waiting|learning|computing|writing"),
+    "checkpointing": (saver, "save", "starting a checkpoint|playing|waiting|learning|computing|finishing|writing"),
 }
 
 
@@ -165,6 +172,13 @@ def wait_until_reached(folder: Path) -> float:
     return float((folder / "reached").read_text())
 
 
+def wait_for_files(folder: Path, *names: str) -> None:
+    deadline = time.monotonic() + START_S
+    while not all((folder / name).exists() for name in names):
+        assert time.monotonic() < deadline, [p.read_text() for p in folder.glob("rank-*")]
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize("runs", ["stop"], indirect=True)
 @pytest.mark.parametrize("phase", PHASES)
 def test_a_stopped_rank_ends_all_and_is_named(phase: str, runs: dict[str, Run]) -> None:
@@ -212,16 +226,37 @@ def test_a_rank_that_does_not_start_is_named(tmp_path: Path) -> None:
             assert f"rank {rank} waited 5 s (--timeout) for rank 1 of 3 to start" in world.said(rank)
 
 
+def start() -> None:
+    with World.open(timeout_s=TIMEOUT_S) as world:
+        world.barrier()
+
+
 @needs_hosts
 def test_a_link_that_is_cut_at_the_start_ends_both_sides(tmp_path: Path, hosts: TwoHosts) -> None:
-    fault = Fault("start-up", 1, "cut", tmp_path)
     hosts.cut()
     begin = time.time()
-    with ranks(start_until, fault, tmp_path, num_ranks=2, folder=tmp_path, hosts=hosts) as world:
+    with ranks(start, num_ranks=2, folder=tmp_path, hosts=hosts) as world:
+        ended = world.wait(START_S)
+        assert max(ended.values()) - begin < END_S + 5, "the limit, and the start of two processes"
+        assert "rank 0 waited 5 s (--timeout) for rank 1 of 2 to start" in world.said(0)
+        assert re.search(r"PeerLost: rank 1 of 2 could not join the others .* at 10\.77\.0\.1:\d+: ", world.said(1))
+
+
+def stop_after_the_roll_call(folder: Path) -> None:
+    """Rank 1 stops when all ranks are there, but before any beat."""
+    if os.environ["RANK"] == "1":
+        Fault("start-up", 1, "stop", folder).arm(mesh, "attempt", time=1)
+    start()
+
+
+def test_a_rank_that_stops_between_the_roll_call_and_the_first_beat_is_noticed(tmp_path: Path) -> None:
+    with ranks(stop_after_the_roll_call, tmp_path, num_ranks=2, folder=tmp_path) as world:
+        begin = wait_until_reached(tmp_path)
         while 0 not in world._ended:
-            assert time.time() < begin + END_S + 5, world.said(0)
+            assert time.time() < begin + END_S
             time.sleep(0.05)
-        assert "for rank 1 of 2 to start" in world.said(0)
+        line = world.said(0).splitlines()[-1]
+        assert line.startswith("PeerLost: rank 0 of 2 could not connect to the other ranks: "), line
 
 
 # Work is not silence
@@ -229,7 +264,7 @@ def test_a_link_that_is_cut_at_the_start_ends_both_sides(tmp_path: Path, hosts: 
 
 def keep_busy(seconds: float) -> None:
     """Rank 1's main thread does something else for a long time, then all is well."""
-    with World.open(timeout_s=2.0) as world:
+    with World.open(timeout_s=3.0) as world:
         group = world.message_group("F")
         world.barrier()
         buffer = torch.zeros(3)
@@ -243,7 +278,7 @@ def keep_busy(seconds: float) -> None:
 
 
 def test_a_busy_rank_is_waited_for_and_named(tmp_path: Path) -> None:
-    with ranks(keep_busy, 5.0, num_ranks=2, folder=tmp_path) as world:
+    with ranks(keep_busy, 6.0, num_ranks=2, folder=tmp_path) as world:
         world.wait(START_S)
         assert [p.exitcode for p in world.processes] == [0, 0], world.said(0) + world.said(1)
         assert re.search(
@@ -253,47 +288,75 @@ def test_a_busy_rank_is_waited_for_and_named(tmp_path: Path) -> None:
         )
 
 
-def send_slowly() -> None:
-    """A message that takes far longer than the timeout over a slow link, beside the beats."""
-    with World.open(timeout_s=2.0) as world:
+def send_slowly(beats: bool) -> None:
+    """A message that takes far longer than the timeout over a slow link, on which beats may all be late."""
+    with World.open(timeout_s=4.0) as world:
         group = world.message_group("F")
         world.barrier()
-        data = torch.arange(250_000, dtype=torch.float32)  # 1 MB, 8 s at 1 Mbit/s
+        data = torch.arange(150_000, dtype=torch.float32)  # 600 kB, 9 s at 512 kbit/s
         if world.rank == 1:
-            world.send(data, 0, group, "F").wait()
+            own = world.heartbeat
+            assert own is not None
+            with contextlib.nullcontext() if beats else patch.object(own, "_send_all"):
+                world.send(data, 0, group, "F").wait()
         else:
             buffer, begin = torch.zeros_like(data), time.monotonic()
             world.receive(buffer, 1, group, "F").wait()
             assert torch.equal(buffer, data)
-            assert time.monotonic() - begin > 2 * 2.0
+            assert time.monotonic() - begin > 2 * 4.0
         world.barrier()
 
 
 @needs_hosts
 @pytest.mark.skipif(shutil.which("tc") is None, reason="a slow link needs the tc command")
-def test_a_slow_link_is_waited_for(tmp_path: Path, hosts: TwoHosts) -> None:
-    hosts.slow("1mbit")
-    with ranks(send_slowly, num_ranks=2, folder=tmp_path, hosts=hosts) as world:
+@pytest.mark.parametrize("beats", [True, False], ids=["beats-come", "bytes-come"])
+def test_a_slow_link_is_waited_for(tmp_path: Path, hosts: TwoHosts, beats: bool) -> None:
+    hosts.slow("512kbit")
+    with ranks(send_slowly, beats, num_ranks=2, folder=tmp_path, hosts=hosts) as world:
         world.wait(START_S)
         assert [p.exitcode for p in world.processes] == [0, 0], world.said(0) + world.said(1)
 
 
-def all_stopped() -> None:
+def test_looking_at_the_traffic_leaves_nothing_open() -> None:
+    before = sorted(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        bytes_from(["10.77.0.1"])
+        own_addresses()
+    assert sorted(os.listdir("/proc/self/fd")) == before
+
+
+def test_bytes_are_counted_by_address_and_not_from_the_store() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as one:
+        other, _ = server.accept()
+        with other:
+            port, before = server.getsockname()[1], bytes_from(["127.0.0.1"])
+            other.sendall(bytes(1_000))
+            assert len(one.recv(1_000, socket.MSG_WAITALL)) == 1_000
+            assert bytes_from(["127.0.0.1"]) - before == 1_000
+            assert bytes_from(["127.0.0.1"], except_port=port) <= before
+            assert bytes_from(["10.77.0.1"]) == 0
+
+
+def all_stopped(folder: Path) -> None:
     """Both ranks are stopped for longer than the timeout, as by Ctrl-Z or a laptop's lid."""
-    with World.open(timeout_s=1.0) as world:
+    with World.open(timeout_s=4.0) as world:
         world.barrier()
-        time.sleep(1.5)
+        (folder / f"ready-{world.rank}").touch()
+        while not (folder / "awake").exists():
+            time.sleep(0.05)
+        time.sleep(2)  # the monitors have looked at the time since
         world.barrier()
 
 
 def test_time_in_which_this_rank_itself_was_stopped_is_not_silence(tmp_path: Path) -> None:
-    with ranks(all_stopped, num_ranks=2, folder=tmp_path) as world:
-        time.sleep(1.5)
+    with ranks(all_stopped, tmp_path, num_ranks=2, folder=tmp_path) as world:
+        wait_for_files(tmp_path, "ready-0", "ready-1")
         for wake in (signal.SIGSTOP, signal.SIGCONT):
             for process in world.processes:
                 assert process.pid is not None
                 os.kill(process.pid, wake)
-            time.sleep(3.0 if wake == signal.SIGSTOP else 0)
+            time.sleep(6.0 if wake == signal.SIGSTOP else 0)
+        (tmp_path / "awake").touch()
         world.wait(START_S)
         assert [p.exitcode for p in world.processes] == [0, 0], world.said(0) + world.said(1)
 
@@ -329,18 +392,86 @@ def test_a_failed_rank_ends_those_that_wait_for_another(tmp_path: Path) -> None:
 
 def leave_early() -> None:
     """Rank 1 ends in good order, without closing its world, long before rank 0."""
-    world = World.open(timeout_s=1.0)
+    world = World.open(timeout_s=3.0)
     world.barrier()
     if world.rank == 1:
         world._say_goodbye()
         return
-    time.sleep(6)
+    time.sleep(8)
 
 
 def test_a_rank_that_left_in_good_order_is_not_lost(tmp_path: Path) -> None:
     with ranks(leave_early, num_ranks=2, folder=tmp_path) as world:
         world.wait(START_S)
         assert [p.exitcode for p in world.processes] == [0, 0], world.said(0)
+
+
+def close_one_after_the_other() -> None:
+    world = World.open(timeout_s=60)
+    world.barrier()
+    time.sleep(world.rank)  # rank 0 leaves first, and waits for rank 1's answer
+    begin = time.monotonic()
+    world.close()
+    print(f"closed in {time.monotonic() - begin:.1f} s", file=sys.stderr)
+    time.sleep(4)
+
+
+def test_who_leaves_first_hears_from_who_leaves_last(tmp_path: Path) -> None:
+    with ranks(close_one_after_the_other, num_ranks=2, folder=tmp_path) as world:
+        world.wait(START_S)
+        seconds = [float(world.said(rank).split()[2]) for rank in (0, 1)]
+    assert seconds[0] < 2.5
+    assert seconds[1] < 1.0
+
+
+# What may not hold the end up
+
+
+def fail_to_report(folder: Path) -> None:
+    """Rank 1 is stopped; rank 0, of a pool whose folder is full, still ends."""
+    POOL_FOLDER.set(folder)
+
+    def write(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with patch.object(Failure, "write", write), World.open(timeout_s=4.0) as world:
+        world.barrier()
+        if world.rank == 1:
+            (folder / "reached").write_text(str(time.time()))
+            os.kill(os.getpid(), signal.SIGSTOP)
+        world.barrier()
+
+
+def test_a_report_that_cannot_be_written_ends_the_rank_all_the_same(tmp_path: Path) -> None:
+    with ranks(fail_to_report, tmp_path, num_ranks=2, folder=tmp_path) as world:
+        begin = wait_until_reached(tmp_path)
+        ended = world.wait(START_S)
+        assert max(ended.values()) - begin < 4 + 10
+        assert [p.exitcode for p in world.processes] == [2, -signal.SIGKILL]
+
+
+def block_the_terminal() -> None:
+    """Rank 0's standard error takes no more, and rank 1 keeps it waiting; both are well."""
+    with World.open(timeout_s=3.0) as world:
+        world.barrier()
+        if world.rank == 0:
+            _, full = os.pipe()
+            os.set_blocking(full, False)
+            with contextlib.suppress(BlockingIOError):
+                while True:
+                    os.write(full, bytes(65_536))
+            os.set_blocking(full, True)
+            os.dup2(full, 2)
+            world.barrier()
+            os._exit(0)
+        time.sleep(9)
+        world.barrier()
+
+
+def test_a_terminal_that_takes_no_more_does_not_hold_up_the_beats(tmp_path: Path) -> None:
+    with ranks(block_the_terminal, num_ranks=2, folder=tmp_path) as world:
+        world.wait(START_S)
+        assert [p.exitcode for p in world.processes] == [0, 0], world.said(1)
 
 
 # The parts

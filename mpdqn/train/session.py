@@ -78,14 +78,13 @@ class Session:
         self._evaluation: Evaluation | None = None
         self._checkpoints: Checkpoints | None = None
         self._resumed, self._lost = 0, ()
-        if world.heartbeat is not None:
-            world.heartbeat.on_loss.append(lambda problem: self._tell(FAILED, f"PeerLost: {problem}"))
         self._step: TrainStep | None = None
 
     def run(self, choice: Choice | None) -> TrainResult:
         """The run from its beginning, or from the checkpoint ``choice``."""
         try:
             with ExitStack() as stack:
+                stack.enter_context(self._world.on_loss(lambda problem: self._tell(FAILED, f"PeerLost: {problem}")))
                 trainer = Trainer(self._world, self._job, self._folder, self._asked)
                 stack.callback(trainer.close)
                 return self._run_with(trainer, choice, stack)

@@ -41,8 +41,8 @@ def check_update(config: Any, *recomputation: str) -> None:
     """
     check_binary(config, "lookahead")
     check_choice("recompute", config.recompute, (*RECOMPUTATION, *recomputation))
-    if not config.timeout > 0:
-        raise ValueError(f"timeout is {config.timeout} s but must be above 0")
+    if not 0 < config.timeout < float("inf"):
+        raise ValueError(f"timeout is {config.timeout} s but must be above 0 and finite")
 
 
 def check_binary(config: Any, name: str) -> None:
