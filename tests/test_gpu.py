@@ -285,4 +285,4 @@ def test_training_on_the_gpu(flags: list[str], tmp_path: Path) -> None:
     assert (folder / "policy.pt2").exists()
     (record,) = read_records(folder / RECORDS)
     assert record.settings["device"] == "cuda"
-    assert (record.settings["compiled_modules"] > 0) == ("compiled" in record.settings["precision"])
+    assert (record.values["compiled_modules"] > 0) == ("compiled" in record.settings["precision"])

@@ -13,6 +13,9 @@ from mpdqn.records import Record
 
 OVERSUBSCRIBED, STACKED, INDEPENDENT = "†", "‡", "§"
 
+SPLIT_BACKWARD = ("zb_h1", "zbv", "tdzb")
+"""Schedules with a backward in two parts."""
+
 _LEGEND = {
     OVERSUBSCRIBED: "oversubscribed: more ranks than this machine has cores or devices for",
     STACKED: "all stages of a replica in one process",
@@ -121,6 +124,7 @@ def _notes(rows: Sequence[Row]) -> tuple[str, ...]:
         "the same for equal stages and free messages; sent per step and peak memory of rank 0 / rank 1, or of all "
         "(lowest–highest)",
         *(_late_note(row) for row in rows if any(row.known("late_pass_s"))),
+        *_whole_backward_note(rows),
         "grad. error: ‖a − b‖₂ / ‖b‖₂ in float32 against the single process on the same batch"
         + (f"; the TD errors differ likewise by at most {_error(td_errors)}" if td_errors else ""),
         *(f"{mark} {text}" for mark, text in _LEGEND.items() if mark in used),
@@ -144,6 +148,21 @@ def _late_note(row: Row) -> str:
     return (
         f"{row.name}: passes that could not run ahead took {1e3 * late:.0f} ms in the first update; after each target "
         f"refresh, one in {period} updates, that would be {late / (late + step * period):.1e} of the time"
+    )
+
+
+def _whole_backward_note(rows: Sequence[Row]) -> tuple[str, ...]:
+    """What a split backward is where stages are compiled; no note without such rows."""
+    names = [
+        row.name
+        for row in rows
+        if str(row.setting("precision", "")).endswith("compiled") and row.setting("schedule") in SPLIT_BACKWARD
+    ]
+    if not names:
+        return ()
+    return (
+        f"{', '.join(names)}: a compiled stage's backward cannot be split, it runs whole where its first part stands; "
+        "simulated is what the split would give",
     )
 
 

@@ -7,6 +7,7 @@ What is checked is the cut, the schedule and the reductions, which are the same 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -66,8 +67,13 @@ def errors(world: World, layout: Layout, probe: Probe | None, reference: Probe |
 
 
 def relative_error(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
-    """Return ‖a − b‖₂ / ‖b‖₂ over all tensors together, in float64; infinity if they have other names."""
-    if a.keys() != b.keys():
+    """Return ‖a − b‖₂ / ‖b‖₂ over all tensors together, in float64.
+
+    Infinity if their names or shapes differ, if ``b`` is all zero, or if a number is not finite.
+    """
+    if a.keys() != b.keys() or any(a[name].shape != b[name].shape for name in b):
         return float("inf")
     difference = sum(float((a[name].double() - b[name].double()).square().sum()) for name in b)
-    return float((difference / sum(float(t.double().square().sum()) for t in b.values())) ** 0.5)
+    size = sum(float(t.double().square().sum()) for t in b.values())
+    error = (difference / size) ** 0.5 if size else float("inf")
+    return error if math.isfinite(error) else float("inf")

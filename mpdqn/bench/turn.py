@@ -1,7 +1,10 @@
 """`Turn`: a layout while it is built: this rank's learner, and its replica's batches as training gets them.
 
-main thread      draw u+1 · learn u ……………│ draw u+2 · learn u+1 ……………│ … │ synchronise, read the clock, then the spans
-prefetcher's     gather u+1, pin, copy   │ gather u+2, pin, copy      │
+main thread    draw u+1 ·             · learn u  │ draw u+2 ·             · learn u+1 │ … │ synchronise, read the clock
+prefetcher's            gather u+1, pin          │          gather u+2, pin           │     and then the spans
+copy stream                             copy u+1 │                          copy u+2  │
+
+As in training without ``--prefetch``: a GPU copies a batch while it learns from the one before.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """`StaticStage`: torch's pipeline stage with shapes that are known from the start, and the buffers that it needs.
 
-This is the only file that touches private names of torch; `static_stage` is the place where its versions differ.
+This is the only file that touches private names of torch's pipelining; `static_stage` is where its versions differ.
 """
 
 from __future__ import annotations

@@ -284,12 +284,12 @@ class Session:
             row=f"{config.env} {config.agent}",
             round=0,
             seed=config.seed,
-            settings=job.record_settings()
-            | {"precision": str(self._trainer.acceleration), "compiled_modules": sum(count or 0 for count in compiled)},
+            settings=job.record_settings() | {"precision": str(self._trainer.acceleration)},
             values={
                 "frames": job.frames_after(job.num_rounds),
                 "updates": job.updates_after(job.num_rounds),
                 "seconds": seconds,
+                "compiled_modules": sum(count or 0 for count in compiled),
                 "episodes": len(self._episodes),
                 "mean_return": last.get("mean_return"),
                 "evaluation_returns": [float(r) for r in returns],

@@ -264,3 +264,11 @@ def test_a_value_of_the_wrong_kind_is_named(key: str, value: object) -> None:
     row = rows_of([record("dp2", 1.0, values={key: value})])[0]
     with pytest.raises(ValueError, match=f"value '{key}' of row 'dp2', round 0, is .* but must"):
         row.per_rank(0, key) if key == "bytes_sent" else row.number(0, key)
+
+
+def test_a_compiled_split_backward_has_a_note() -> None:
+    compiled, plain = {"precision": "float32, compiled"}, {"precision": "float32"}
+    rows = [record("a", 1.0, settings=PP2 | {"schedule": "tdzb"} | compiled), record("b", 1.0, settings=PP2 | compiled)]
+    assert any(note.startswith("a: a compiled stage's backward cannot be split") for note in compare_table(rows).notes)
+    rows = [record("a", 1.0, settings=PP2 | {"schedule": "tdzb"} | plain)]
+    assert not any("cannot be split" in note for note in compare_table(rows).notes)

@@ -51,7 +51,7 @@ def test_train_then_evaluate_then_draw(tmp_path: Path) -> None:
     assert rows[-1]["samples_per_insert"] == 8
     (record,) = read_records(folder / RECORDS)
     assert record.values["updates"] == 236
-    assert (record.settings["precision"], record.settings["compiled_modules"]) == ("float32", 0)
+    assert (record.settings["precision"], record.values["compiled_modules"]) == ("float32", 0)
 
     three_lines = (
         "import torch; policy = torch.export.load('policy.pt2').module(); torch.save(policy(torch.load('x')), 'y')"

@@ -22,4 +22,4 @@ def test_the_record_counts_the_modules_that_were_compiled(
     config = small(tmp_path, frames=600, agent="dqn", layout="pp2-1f1b+stacked/m2", compile="on")
     (record,) = read_records(train_in(alone, check(config)).folder / RECORDS)
     assert record.settings["precision"] == "float32, compiled"
-    assert record.settings["compiled_modules"] == 2 * 2, "two stages of the target pass and of the online network"
+    assert record.values["compiled_modules"] == 2 * 2, "two stages of the target pass and of the online network"
