@@ -24,7 +24,7 @@ from mpdqn.mesh import (
     launched_world_size,
 )
 from mpdqn.networks import NetworkFunction
-from mpdqn.records import Environment
+from mpdqn.records import Environment, without_place
 from mpdqn.workload import Workload
 from mpdqn.workload.checks import (
     check_actions,
@@ -131,8 +131,8 @@ class Job:
 
     @property
     def network_name(self) -> str:
-        """What tables call the network."""
-        name, width = self.workload.network_name, self.config.width
+        """What tables, records and the run's folder call the network: a file of one's own without its absolute path."""
+        name, width = without_place(self.workload.network_name), self.config.width
         return f"{name} ×{width:g}" if width is not None else name
 
     @property

@@ -165,6 +165,11 @@ def check_text(what: str, value: Any) -> None:
         raise MalformedEntry(f"{what} is {_short(value)}, not a line of text")
 
 
+def printable(text: str) -> str:
+    """Return ``text`` with every character that is not printable, such as an escape or a line end, written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def check_name(value: Any) -> None:
     """Raise MalformedEntry unless ``value`` is the plain name of a file: no path, and none of the special names."""
     check_text("file", value)

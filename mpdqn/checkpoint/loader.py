@@ -24,6 +24,8 @@ from mpdqn.checkpoint.storage import RawReader
 from mpdqn.mesh import World
 from mpdqn.replay import VirtualShards
 
+ADVICE = "to resume from the checkpoint before it, rename that folder"
+
 T = TypeVar("T")
 
 
@@ -162,7 +164,7 @@ def _described(error: Exception | None, choice: Choice) -> tuple[bool, str] | No
     if isinstance(error, (WrongCheckpoint, DamagedCheckpoint)):
         return isinstance(error, WrongCheckpoint), str(error)
     text = " ".join(str(error if isinstance(error, ValueError) else repr(error)).split())
-    return False, f"{choice.folder} cannot be restored: {text}"
+    return False, f"{choice.folder} cannot be restored: {text}; {ADVICE}"
 
 
 def empty(choice: Choice, names: Sequence[str]) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from mpdqn.checkpoint.entries import (
     check_mapping,
     check_name,
     check_text,
+    printable,
 )
 
 FORMAT = 1
@@ -94,7 +95,7 @@ class Manifest:
         """
         try:
             body = json.loads(text)
-            digest = body.pop("digest")
+            check_text("digest", digest := body.pop("digest"))
             written = body["format"]
             if _digest(body) != digest:
                 raise DamagedCheckpoint(f"{where} is damaged: its digest is {_digest(body)[:12]}, not {digest[:12]}")
@@ -105,8 +106,8 @@ class Manifest:
             raise DamagedCheckpoint(f"{where} is damaged: {error!r}") from error
         if written != FORMAT:
             raise WrongCheckpoint(
-                f"{where} has format {written}, written by mpdqn {body.get('version')}, and this mpdqn reads format "
-                f"{FORMAT}; resume with that version"
+                f"{where} has format {written}, written by mpdqn {printable(str(body.get('version')))[:60]}, and this "
+                f"mpdqn reads format {FORMAT}; resume with that version"
             )
         if set(body) != {field.name for field in fields(cls)}:
             raise DamagedCheckpoint(f"{where} is damaged: it has the fields {sorted(body)}")
@@ -131,6 +132,8 @@ class Manifest:
             check_name(name)
         if MANIFEST in self.files:
             raise MalformedEntry(f"{MANIFEST} is listed among its own files")
+        for name in (*self.parameters, *self.tensors):
+            check_text("a tensor's name", name)
         for name, entry in self.tensors.items():
             size = self.files[entry.file].bytes if entry.file in self.files else None
             if size is None:

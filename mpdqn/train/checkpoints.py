@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mpdqn.checkpoint.folder import CheckpointFolder
 from mpdqn.checkpoint.learner import check_network, shapes
-from mpdqn.checkpoint.loader import Choice, choose, empty, load_tensors, usable_rows
+from mpdqn.checkpoint.loader import Choice, choose, empty, load_tensors, on_every_rank, usable_rows
 from mpdqn.checkpoint.manifest import DamagedCheckpoint, Manifest, WrongCheckpoint
 from mpdqn.checkpoint.saver import NotSaved, Saved, Saver
 from mpdqn.mesh import World
@@ -28,6 +28,9 @@ from mpdqn.train.loop import Trainer
 from mpdqn.train.rank import owned_shards
 from mpdqn.train.state import refill, restore, trainer_state, waiting_deliveries
 from mpdqn.train.stop import StopSignal
+
+BESIDES: Mapping[str, tuple[int, ...]] = {"run.losses": (), "run.norms": (), "run.episodes": (4,), "run.pending": (4,)}
+"""Tensors float64 [k, …] that rank 0 saves besides the trainer's: of the row under way, and episodes."""
 
 NOTHING, CHECKPOINT, STOP = 0, 1, 2
 """What a rank can be asked for, in the order of precedence."""
@@ -52,7 +55,7 @@ def choose_checkpoint(world: World, job: TrainJob, folder: Path, run: str) -> Ch
             raise WrongCheckpoint(
                 f"{path} is of run {manifest.run[:8]} but {folder} holds run {run[:8]}; put back that run's checkpoints"
             )
-        check_counters(manifest.counters, path)
+        check_counts(manifest, job, path)
         check_network(manifest.parameters, network, str(path))
         if manifest.round > job.num_rounds:
             raise WrongCheckpoint(
@@ -74,20 +77,43 @@ def choose_checkpoint(world: World, job: TrainJob, folder: Path, run: str) -> Ch
     return choice
 
 
-def check_counters(counters: Mapping[str, Any], path: Path) -> None:
-    """Raise DamagedCheckpoint unless ``counters`` are those that a run writes, each of its type."""
+def check_counts(manifest: Manifest, job: TrainJob, path: Path) -> None:
+    """Raise DamagedCheckpoint unless the numbers of ``manifest`` are ones that ``job`` can have written.
 
-    def is_count(value: Any) -> bool:
-        return type(value) is int and 0 <= value < 2**63
-
-    counts = ("steps_played", "waiting_deliveries", "resumed", "row_late_passes")
-    fits = {name: is_count(counters.get(name)) for name in counts}
+    Frames and updates follow from the round, and the counters are of their types and within what the round allows:
+    the loops and means of the rounds to come rely on that.
+    """
+    rounds, counters = manifest.round, manifest.counters
+    frames, updates = job.frames_after(rounds), job.updates_after(rounds)
+    if (manifest.frames, manifest.updates) != (frames, updates):
+        raise DamagedCheckpoint(
+            f"{path} is damaged: it has {manifest.frames} frames and {manifest.updates} updates, but {rounds} rounds "
+            f"are {frames} and {updates}"
+        )
+    largest = {
+        # With a lag a chunk is played ahead, once more after each resume that lost replay; a resume plays a round.
+        "steps_played": (2 * rounds + 1) * job.config.round_steps,
+        "waiting_deliveries": max(0, job.config.actor_lag - 1),  # see LaggedWeights.deliver
+        "resumed": rounds,
+        "row_late_passes": 2**63 - 1,
+    }
+    fits = {name: _is_count(counters.get(name), most) for name, most in largest.items()}
     for name in ("seconds", "row_seconds"):
         fits[name] = type(counters.get(name)) in (int, float) and 0 <= counters[name] < float("inf")
-    for name in ("replay_lost", "row_before"):
-        fits[name] = isinstance(counters.get(name), list) and all(is_count(value) for value in counters[name])
+    lost, before = counters.get("replay_lost"), counters.get("row_before")
+    fits["replay_lost"] = isinstance(lost, list) and all(_is_count(v, job.config.num_shards - 1) for v in lost)
+    at_most = (frames, rounds * job.transitions_per_round, updates)  # of the row before, as `Progress` counts
+    fits["row_before"] = (
+        isinstance(before, list)
+        and len(before) == 3
+        and all(_is_count(value, most) for value, most in zip(before, at_most, strict=True))
+    )
     if wrong := [name for name, fit in fits.items() if not fit]:
         raise DamagedCheckpoint(f"{path} is damaged: its counter {wrong[0]} is {str(counters.get(wrong[0]))[:60]!r}")
+
+
+def _is_count(value: Any, most: int) -> bool:
+    return type(value) is int and 0 <= value <= most
 
 
 class Checkpoints:
@@ -197,10 +223,22 @@ def go_on(trainer: Trainer, choice: Choice) -> dict[str, Tensor]:
                 "on this is not the run that was never stopped",
                 stacklevel=2,
             )
-    names = [n for n in choice.manifest.tensors if n.startswith("run.")]
-    besides = empty(choice, names if trainer.world.rank == 0 else [])
+    besides: dict[str, Tensor] = {}
+    with on_every_rank(trainer.world, choice):
+        check_besides(choice)
+        besides |= empty(choice, list(BESIDES) if trainer.world.rank == 0 else [])
     load_tensors(trainer.world, choice, besides)
     return besides
+
+
+def check_besides(choice: Choice) -> None:
+    """Raise ValueError unless the tensors that rank 0 saves besides are there, in float64 and their shapes."""
+    for name, columns in BESIDES.items():
+        entry = choice.manifest.tensors.get(name)
+        if entry is None or entry.dtype != "float64" or len(entry.shape) < 1 or entry.shape[1:] != columns:
+            there = "nothing" if entry is None else f"{entry.dtype} {list(entry.shape)}"
+            wanted = ", ".join(["k", *map(str, columns)])
+            raise ValueError(f"{name} is {there}, not float64 [{wanted}]")
 
 
 def asked_for(checkpoints: Checkpoints | None, stop: StopSignal, rank: int) -> int:

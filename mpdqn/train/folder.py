@@ -36,7 +36,16 @@ from mpdqn.environments import EnvironmentSpec
 from mpdqn.records import RECORDS, Record, read_records, without_place, without_places
 from mpdqn.train.check import check
 from mpdqn.train.config import TrainConfig, TrainJob
-from mpdqn.train.resume import CONFIG, NOT_RECORDED, PROVENANCE, REMOVED, check_code, code_named_by
+from mpdqn.train.recorded import (
+    CONFIG,
+    NOT_RECORDED,
+    PROVENANCE,
+    plain_settings,
+    read_config,
+    recorded_version,
+    strange_and_missing,
+)
+from mpdqn.train.resume import check_code, code_named_by
 
 WEIGHTS = "weights.pt"
 POLICY = "policy.pt2"
@@ -150,15 +159,15 @@ def load_run(folder: Path, *, network: str = "", env: str = "", trust: bool = Fa
         ValueError: if the folder is no finished training run of this version, or of another network or environment.
     """
     try:
-        about = json.loads((folder / CONFIG).read_text())
-        recorded = {name: about["config"][name] for name in ("network", "env")}
-        strange = sorted(set(about["config"]) - {field.name for field in fields(TrainConfig)} - {*REMOVED})
-        if not all(isinstance(value, str) for value in recorded.values()):
-            raise TypeError(f"its network and environment are {recorded}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        settings = read_config(folder)["config"]
+        recorded = {name: settings[name] for name in ("network", "env")}
+    except (ValueError, KeyError) as error:
         raise _not_finished(folder, error) from error
-    if strange:
-        raise ValueError(f"{folder / CONFIG} has unknown settings {strange}; it is of another version of mpdqn")
+    if strange := strange_and_missing(settings)[0]:
+        raise ValueError(
+            f"{folder / CONFIG} has unknown settings {strange}; it is of another version of mpdqn"
+            f"{recorded_version(folder)}"
+        )
     given = {"network": network, "env": env}
     for name, value in given.items():
         if value and value != recorded[name]:
@@ -169,8 +178,7 @@ def load_run(folder: Path, *, network: str = "", env: str = "", trust: bool = Fa
         state = torch.load(folder / WEIGHTS, weights_only=True)
     except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, pickle.UnpicklingError) as error:
         raise _not_finished(folder, error) from error
-    values = {name: value for name, value in about["config"].items() if name not in {*NOT_RECORDED, *REMOVED}}
-    values |= {"out": folder.parent, "replay_dir": None, "resume": None}
+    values = plain_settings(settings) | {"out": folder.parent, "replay_dir": None, "resume": None}
     # Where it ran says nothing about the network: load on one process, whatever the layout was.
     here = {
         "layout": "single@all",

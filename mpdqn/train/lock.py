@@ -4,12 +4,15 @@ rank at a time has the replay of a shard in a ``--replay-dir``.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import time
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from mpdqn.checkpoint.entries import printable
 
 LOCK = ".lock"
 PATIENCE_S = 1.0
@@ -31,17 +34,18 @@ class FolderLock:
 
     Raises:
         FolderInUse: from entering, if another process has it.
+        ValueError: from entering, if ``path`` is a symbolic link: the file that it points to would be overwritten.
     """
 
     def __init__(self, path: Path, used: str, advice: str) -> None:
         self._path, self._used, self._advice = path, used, advice
 
     def __enter__(self) -> Self:
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
+        self._descriptor = _open(self._path, os.O_RDWR | os.O_CREAT)
         patience = time.monotonic() + PATIENCE_S  # whoever only looks holds it for a moment
         while not _taken(self._descriptor, fcntl.LOCK_EX):
             if time.monotonic() > patience:
-                holder = os.pread(self._descriptor, 200, 0).decode(errors="replace")
+                holder = printable(os.pread(self._descriptor, 200, 0).decode(errors="replace"))
                 os.close(self._descriptor)
                 raise FolderInUse(f"{self._used} {holder}; {self._advice}")
             time.sleep(0.05)
@@ -75,9 +79,9 @@ class ReplayLock(FolderLock):
 
 
 def in_use(folder: Path) -> bool:
-    """Whether a process trains in ``folder``, as far as this host can see."""
+    """Whether a process trains in ``folder``, as far as this host can see; ValueError if its lock is a link."""
     try:
-        descriptor = os.open(folder / LOCK, os.O_RDONLY)
+        descriptor = _open(folder / LOCK, os.O_RDONLY)
     except FileNotFoundError:
         return False
     try:
@@ -91,6 +95,16 @@ def check_replay_unused(directory: Path) -> None:
     for path in sorted(directory.glob(f"{LOCK}-shard-*")):
         with ReplayLock(directory, path.name.removeprefix(f"{LOCK}-shard-")):
             pass
+
+
+def _open(path: Path, flags: int) -> int:
+    """Open the lock file ``path`` itself; ValueError if it is a symbolic link."""
+    try:
+        return os.open(path, flags | os.O_NOFOLLOW, 0o644)
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        raise ValueError(f"{path} is a symbolic link but must be a lock file of its own; delete the link") from error
 
 
 def _taken(descriptor: int, kind: int) -> bool:

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+from mpdqn.checkpoint.entries import check_text, printable
 from mpdqn.checkpoint.folder import CheckpointFolder
 from mpdqn.environments.own import module_of
 from mpdqn.mesh import launched
 from mpdqn.networks import names_code
 from mpdqn.train.config import TrainConfig
 from mpdqn.train.lock import FolderInUse
+from mpdqn.train.recorded import CONFIG, plain_settings, read_config, recorded_version, strange_and_missing
 from mpdqn.train.status import FINISHED, RUNNING, read_status
-
-CONFIG = "config.json"
-PROVENANCE = "environment.json"
 
 MAY_CHANGE = (
     *("layout", "actors", "env_workers", "recompute", "precision", "compile", "device"),
@@ -27,15 +25,6 @@ MAY_CHANGE = (
     *("checkpoint_minutes", "checkpoint_every", "checkpoint_at_end", "keep_checkpoints"),
 )
 """Settings that say where and how a run is computed, watched and kept. All others make it the run that it is."""
-
-ADDED: tuple[str, ...] = ()
-"""Settings that folders of earlier versions lack, whose defaults are what those versions did."""
-
-REMOVED = ("port",)
-"""Settings of earlier versions that are gone and changed no number."""
-
-NOT_RECORDED = ("trust",)
-"""Settings that a folder does not answer for its user."""
 
 
 class UntrustedCode(ValueError):
@@ -86,49 +75,36 @@ def check_code(folder: Path, named: Mapping[str, str], given: Mapping[str, str])
 
 def run_id(folder: Path) -> str:
     """What the run in ``folder`` is called in its checkpoints; ValueError as `recorded_config`."""
-    return str(_read_config(folder)["run"])
+    return str(_read(folder)["run"])
 
 
 def _recorded(folder: Path) -> TrainConfig:
     """The configuration of the run in ``folder`` with everything that it names; errors as `recorded_config`."""
-    about = _read_config(folder)
-    values = about["config"] | {"resume": folder, "out": folder.parent}
+    values = plain_settings(_read(folder)["config"]) | {"resume": folder, "out": folder.parent}
     if values["replay_dir"] is not None:
         values["replay_dir"] = Path(values["replay_dir"])
-    return TrainConfig(**{name: value for name, value in values.items() if name not in {*NOT_RECORDED, *REMOVED}})
+    return TrainConfig(**values)
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def _read(folder: Path) -> dict[str, Any]:
+    """The folder's configuration, checked to be of a training run of this version."""
     if not folder.is_dir() or not any(folder.iterdir()):
         kind = "is empty" if folder.is_dir() else "does not exist" if not folder.exists() else "is no folder"
         raise ValueError(f"{folder} {kind}; give the folder that a training run made, with its {CONFIG}")
     try:
-        about = json.loads((folder / CONFIG).read_text())
-        known = {field.name for field in fields(TrainConfig)}
-        strange = sorted(set(about["config"]) - known - {*REMOVED})
-        missing = sorted(known - set(about["config"]) - {*ADDED, *NOT_RECORDED})
-        about["run"]
-        for name in {"network", "env"} & set(about["config"]):
-            if not isinstance(about["config"][name], str):
-                raise TypeError(f"{name} is {about['config'][name]!r}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        about = read_config(folder)
+        check_text("run", about.get("run"))
+    except ValueError as error:
         raise ValueError(
-            f"{folder} holds no training run to go on with ({error!r}); give the folder that a training run made"
+            f"{folder} holds no training run to go on with ({error}); give the folder that a training run made"
         ) from error
+    strange, missing = strange_and_missing(about["config"])
     if strange or missing:
         raise ValueError(
             f"{folder / CONFIG} has the settings {strange} too many and {missing} too few; resume with the version of "
-            f"mpdqn that began the run{_version(folder)}"
+            f"mpdqn that began the run{recorded_version(folder)}"
         )
-    return dict(about)
-
-
-def _version(folder: Path) -> str:
-    """The version of mpdqn that wrote ``folder``, in brackets; nothing if that cannot be read."""
-    try:
-        return f" ({json.loads((folder / PROVENANCE).read_text())['versions']['mpdqn']})"
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+    return about
 
 
 def check_resume(config: TrainConfig) -> None:
@@ -159,7 +135,8 @@ def check_resume(config: TrainConfig) -> None:
         return
     if status.state == RUNNING and not launched():  # the ranks of a launched run see to it together
         raise FolderInUse(
-            f"{folder} is being trained by process {status.pid} on {status.host}; wait for it or end it first"
+            f"{folder} is being trained by process {status.pid} on {printable(status.host)}; wait for it or end it "
+            "first"
         )
     if status.state == FINISHED and config.frames == recorded.frames:
         raise ValueError(

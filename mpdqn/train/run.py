@@ -127,12 +127,12 @@ def _mapped_shards(world: World, job: TrainJob) -> range:
 
 
 def _hold(world: World, stack: ExitStack, locks: Sequence[FolderLock]) -> None:
-    """Hold this rank's ``locks`` until ``stack`` ends; FolderInUse on every rank if one is taken. Collective."""
+    """Hold this rank's ``locks`` until ``stack`` ends; FolderInUse on every rank if one cannot be had. Collective."""
     refused = ""
     try:
         for each in locks:
             stack.enter_context(each)
-    except (FolderInUse, OSError) as error:
+    except (ValueError, OSError) as error:  # a link in a lock's place is a ValueError, too
         refused = str(error)
     told = world.to_first(refused)
     if refused := world.from_first(next((text for text in told if text), "")):

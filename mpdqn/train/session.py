@@ -9,24 +9,25 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from mpdqn.actors import Episode
-from mpdqn.checkpoint.loader import Choice
+from mpdqn.checkpoint.loader import Choice, on_every_rank
 from mpdqn.checkpoint.saver import NotSaved
 from mpdqn.evaluate import Evaluation, evaluate
 from mpdqn.logs import PROGRESS, Logs, open_logs, read_progress
 from mpdqn.mesh import World
 from mpdqn.progress_bar import ProgressBar
-from mpdqn.records import Record
+from mpdqn.records import Record, without_places
 from mpdqn.train.acting import episode_rows, episodes_of
 from mpdqn.train.checkpoints import STOP, Checkpoints, asked_for, go_on
 from mpdqn.train.config import TrainJob
 from mpdqn.train.folder import POLICY, save_policy, save_weights, write_config, write_record
 from mpdqn.train.loop import Trainer
 from mpdqn.train.progress import Progress
-from mpdqn.train.resume import CONFIG
+from mpdqn.train.recorded import CONFIG
 from mpdqn.train.status import FAILED, FINISHED, RUNNING, STOPPED, now
 from mpdqn.train.step import TrainStep
 from mpdqn.train.stop import StopSignal
@@ -105,7 +106,7 @@ class Session:
         if self._first:
             write_config(self._folder, job, json.loads(trainer.arrangement.plans[0].to_json()), self._run)
             self._tell(RUNNING)
-            about = asdict(job.config) | {"layout": job.layout.name}
+            about = without_places(asdict(job.config) | {"layout": job.layout.name})
             logs = stack.enter_context(
                 open_logs(
                     self._folder,
@@ -167,10 +168,13 @@ class Session:
         besides, counters = go_on(self._trainer, choice), choice.manifest.counters
         self._lost = tuple(sorted({*counters["replay_lost"], *choice.gone}))
         self._resumed = counters["resumed"] + 1
-        if not self._first:
-            return 0.0
+        with on_every_rank(self._world, choice):
+            return self._take(besides, counters, choice.manifest.frames) if self._first else 0.0
+
+    def _take(self, besides: Mapping[str, Tensor], counters: Mapping[str, Any], frames: int) -> float:
+        """Take rows and episodes up to ``frames`` frames, on rank 0; the seconds that were trained before."""
         rows = read_progress(self._folder) if (self._folder / PROGRESS).is_file() else []  # it may have had none yet
-        self._rows = [row for row in rows if row["frames"] <= choice.manifest.frames]
+        self._rows = [row for row in rows if row["frames"] <= frames]
         self._episodes = list(episodes_of(besides["run.episodes"]))
         row = {"losses": besides["run.losses"], "norms": besides["run.norms"]}
         self._progress.load_state(row, counters, episodes_of(besides["run.pending"]))

@@ -9,10 +9,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from mpdqn.checkpoint.entries import printable
 from mpdqn.checkpoint.folder import CheckpointFolder
 from mpdqn.train.lock import in_use
+from mpdqn.train.recorded import check_type
 
 STATUS = "status.json"
 
@@ -65,9 +67,13 @@ def read_status(folder: Path) -> Status:
     path = folder / STATUS
     try:
         data = json.loads(path.read_text())
+        for name, kind in get_type_hints(Status).items():
+            check_type(name, data[name], kind)
         status = Status(**{f.name: data[f.name] for f in fields(Status)} | {"replay_lost": tuple(data["replay_lost"])})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{folder} has no readable {STATUS} ({error}); give the folder of a training run") from error
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(
+            f"{folder} has no readable {STATUS} ({printable(str(error))}); give the folder of a training run"
+        ) from error
     if status.state == RUNNING and not in_use(folder):
         return Status(**asdict(status) | {"state": KILLED, "replay_lost": status.replay_lost})
     return status
@@ -102,7 +108,7 @@ def describe(folder: Path) -> str:
         )
     if status.state in (STOPPED, KILLED, FAILED):
         lines += ["", f"Go on with it: mpdqn train --resume {folder}"]
-    return "\n".join(lines)
+    return "\n".join(printable(line) for line in lines)
 
 
 def _ago(at: float) -> str:

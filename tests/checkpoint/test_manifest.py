@@ -89,6 +89,18 @@ def test_a_later_version_is_named() -> None:
         Manifest.from_json(json.dumps(body | {"digest": _digest(body)}), "here")
 
 
+def test_the_text_of_a_later_version_is_printed_as_it_is_only_where_it_is_printable() -> None:
+    body = json.loads(example().to_json())
+    del body["digest"]
+    body |= {"format": FORMAT + 1, "version": "9\n\x1b[31mEVIL"}
+    with pytest.raises(WrongCheckpoint, match=r"written by mpdqn 9\\n\\x1b\[31mEVIL, and") as caught:
+        Manifest.from_json(json.dumps(body | {"digest": _digest(body)}), "here")
+    assert str(caught.value).isprintable()
+    with pytest.raises(DamagedCheckpoint) as damaged:
+        Manifest.from_json(json.dumps(body | {"digest": "\x1b[31mEVIL"}), "here")
+    assert str(damaged.value).isprintable()
+
+
 def rewritten(change: Callable[[dict[str, Any]], None]) -> str:
     """A manifest that somebody else wrote, with a digest that is right."""
     body = json.loads(example(2).to_json())
@@ -159,6 +171,8 @@ def test_a_file_of_a_checkpoint_stays_inside_its_folder(name: str) -> None:
         (("plan",), "pp2", "plan is 'pp2', not a mapping"),
         (("round",), "7", "round is '7', not a count"),
         (("written",), 1e300, "written is 1e+300, not a time"),
+        (("tensors", "replay.1.\x1b[31m"), {}, "does not have the fields"),
+        (("parameters", "\x1b[31m"), ["float32", []], r"a tensor's name is '\x1b[31m', not a line of text"),
         (("run",), 5, "run is 5, not a line of text"),
         (("layout",), "dp2\ndp4", "not a line of text"),
         (("format",), "1", "format is '1', not a count"),

@@ -196,11 +196,15 @@ def test_under_torchrun_with_two_processes_and_a_network_in_a_file(tmp_path: Pat
     """No hybrid: it needs four. The network's ReLUs write in place, wherever it is cut."""
     (tmp_path / "my_file.py").write_text(NETWORK)
     flags = ["--smoke", "--rounds", "1", "--transitions", "64", "--out", "results"]
-    done = run([*torchrun(2), "compare", "--network", "my_file.py:make_network", *flags], tmp_path)
+    done = run([*torchrun(2), "compare", "--network", f"{tmp_path}/my_file.py:make_network", *flags], tmp_path)
     assert done.returncode == 0, done.stderr
     folder = run_folder(tmp_path / "results")
     check_run(folder, default_rows()[:-1], rounds=1)
     assert rows(folder)["dp2"][0].settings["network"] == "my_file.py:make_network"
+    assert folder.name.endswith("-my_file.py_make_network")
+    assert tmp_path.name not in folder.name
+    for path in (each for each in folder.rglob("*") if each.is_file()):
+        assert str(tmp_path).encode() not in path.read_bytes(), f"{path.name} says where the network lay"
 
 
 SCRIPT = """\

@@ -18,7 +18,7 @@ from mpdqn.checkpoint.folder import CheckpointFolder
 from mpdqn.checkpoint.manifest import DamagedCheckpoint, WrongCheckpoint, _digest
 from mpdqn.mesh import World
 from mpdqn.replay.rows import FRAMES
-from mpdqn.train import TrainConfig, TrainResult, train
+from mpdqn.train import TrainConfig, TrainResult, session, train
 from mpdqn.train import run as running
 from mpdqn.train.check import check
 from mpdqn.train.lock import FolderInUse, RunLock, in_use
@@ -241,10 +241,33 @@ def test_a_checkpoint_whose_digests_are_right_and_whose_content_is_not(folder: P
     body = json.loads(path.read_text())
     del body["digest"]
     counters, tensors = body["counters"], body["tensors"]
+    losses, episodes = tensors["run.losses"], tensors["run.episodes"]
+    without_losses = {name: value for name, value in tensors.items() if name != "run.losses"}
+    rounds, updates = body["round"], body["updates"]
     without = {name: value for name, value in tensors.items() if not name.startswith("games.2.")}
     ring = tensors["replay.1.written"]
     for changes, message in (
         ({"counters": counters | {"row_before": None}}, "is damaged: its counter row_before is 'None'"),
+        ({"counters": counters | {"row_before": [1]}}, "is damaged: its counter row_before is '[1]'"),
+        (
+            {"counters": counters | {"row_before": [0, 8 * rounds + 1, 0]}},
+            "is damaged: its counter row_before is '[0, ",
+        ),
+        (
+            {"counters": counters | {"waiting_deliveries": 2**62}},
+            "is damaged: its counter waiting_deliveries is '46116",
+        ),
+        ({"counters": counters | {"replay_lost": [4]}}, "is damaged: its counter replay_lost is '[4]'"),
+        ({"updates": updates + 1}, f"but {rounds} rounds are {8 * rounds} and {updates}"),
+        ({"tensors": without_losses}, "cannot be restored: run.losses is nothing, not float64 [k]; to resume from the"),
+        (
+            {"tensors": tensors | {"run.losses": losses | {"dtype": "int64"}}},
+            "cannot be restored: run.losses is int64 [",
+        ),
+        (
+            {"tensors": tensors | {"run.episodes": episodes | {"dtype": "uint8", "shape": [8], "bytes": 8}}},
+            "cannot be restored: run.episodes is uint8 [8], not float64 [k, 4]",
+        ),
         ({"counters": counters | {"steps_played": "9"}}, "is damaged: its counter steps_played is '9'"),
         ({"tensors": tensors | {"replay.1.written": ring | {"shape": [2, 1]}}}, "cannot be restored: "),
         ({"tensors": without}, "cannot be restored: KeyError('games.2."),
@@ -253,6 +276,22 @@ def test_a_checkpoint_whose_digests_are_right_and_whose_content_is_not(folder: P
         changed = body | changes
         path.write_text(json.dumps(changed | {"digest": _digest(changed)}))
         refused(folder, message, DamagedCheckpoint)
+
+
+def test_a_checkpoint_that_cannot_be_restored_is_renamed_to_resume_from_the_one_before(
+    tmp_path: Path, whole: TrainResult
+) -> None:
+    """Digests are checked before the choice; a tensor that is missing is found only after it."""
+    folder = stop_a_run(tmp_path, checkpoint_every=400)
+    newest, older = CheckpointFolder(folder).found()
+    path = newest / "manifest.json"
+    body = json.loads(path.read_text())
+    del body["digest"], body["tensors"]["run.norms"]
+    path.write_text(json.dumps(body | {"digest": _digest(body)}))
+    refused(folder, f"{newest} cannot be restored: run.norms is nothing", DamagedCheckpoint)
+    assert CheckpointFolder(folder).found() == [newest, older]
+    newest.rename(tmp_path / "aside")
+    assert train(resume=folder).episodes == whole.episodes
 
 
 def test_a_run_without_a_checkpoint_begins_anew(folder: Path, whole: TrainResult) -> None:
@@ -308,11 +347,16 @@ def test_replay_that_is_gone_is_said_and_filled_again(tmp_path: Path, recwarn: p
     assert "replay lost  shards [3]" in describe(folder)
 
 
-def test_a_new_folder_for_replay(tmp_path: Path) -> None:
-    """Its frames come from where they were, and are written anew where they are to be."""
+def test_a_new_folder_for_replay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its frames come from where they were, and are written anew where they are to be; logs hear of neither place."""
+    heard: list[Any] = []
+    opened = session.open_logs
+    monkeypatch.setattr(session, "open_logs", lambda *args, **named: heard.append(named) or opened(*args, **named))
     settings: dict[str, Any] = {"prioritized": True}
     whole = train(small(tmp_path / "whole", **settings))
     folder = stop_a_run(tmp_path / "runs", replay_dir=tmp_path / "one", **settings)
     result = train(resume=folder, replay_dir=tmp_path / "two", checkpoint_at_end=True)
     assert result.episodes == whole.episodes
     assert list((tmp_path / "two" / f"rows-of-{folder.name}").glob("shard-*/*.rows"))
+    assert heard[-1]["config"]["replay_dir"] == "two"
+    assert str(tmp_path) not in str([named["config"] for named in heard])
