@@ -12,7 +12,8 @@ run.py       train(): from a configuration, or a run to go on with, to a result
 session.py   what goes on around the loop: rows, evaluations, checkpoints
 state.py     a trainer between two rounds as named tensors, and back
 checkpoints.py  when a run writes checkpoints, and how it goes on from one
-resume.py    what a run may be gone on with
+recorded.py  what a run's folder says of the run, every value checked
+resume.py    what a run may be resumed with
 folder.py    a run's folder, written and read back
 status.py    how far a run is; lock.py, that one process at a time is in its folder; stop.py, SIGTERM
 """
