@@ -266,7 +266,8 @@ class Heartbeat:
         same addresses, the link is not what is silent.
         """
         addresses = set(peer.about["addresses"])
-        heard = [p.about for p in self.peers if p is not peer and p.silent_s <= 2 * self.interval_s and not p.gone]
+        others = [p for p in self.peers if p is not peer and not p.left and not p.gone]
+        heard = [p.about for p in others if p.silent_s <= 2 * self.interval_s]
         if any(addresses & set(about["addresses"]) for about in (self._own, *heard)):
             return False
         received = bytes_from(addresses, except_port=self._store_port)
@@ -325,27 +326,39 @@ class Heartbeat:
         return str(next(peer for peer in self.peers if peer.rank == rank))
 
     def _end(self, what: str, silent: Peer | None = None) -> None:
-        """[3] End this process, because of ``what``, and a ``silent`` peer of the same host with it."""
+        """[3] End this process, because of ``what``, and a ``silent`` peer of the same host with it.
+
+        The report comes first: the launcher looks for it as soon as a rank has ended. Nothing may hold the end up,
+        neither a full disk, nor a terminal that takes no more, nor a lock of the main thread.
+        """
         if self._stopping.is_set():
             return
-        # Nothing below may hold this up: a full disk, a terminal that takes no more, a lock of the main thread.
-        limit = threading.Timer(ENDING_S, os._exit, (2,))
-        limit.daemon = True
-        limit.start()
-        try:
-            action, age, _ = self.activity.look()
-            message = f"{what}; {self.name(self.rank)} was {action} (for {age:.0f} s)"
-            self._state, self._why = "failed", what
-            self._send_all()
+
+        def leave() -> None:
             if silent is not None:
                 _kill_here(silent.about, self._own)
-            ended = () if silent is None else (silent.rank,)
-            replace(Failure.of(PeerLost(message)), ended=ended).report(self._pool, self.rank)
+            os._exit(2)
+
+        try:
+            limit = threading.Timer(ENDING_S, leave)
+            limit.daemon = True
+            with contextlib.suppress(RuntimeError):  # no thread is to be had
+                limit.start()
+            action, age, _ = self.activity.look()
+            message = f"{what}; {self.name(self.rank)} was {action} (for {age:.0f} s)"
+            failure = replace(Failure.of(PeerLost(message)), ended=() if silent is None else (silent.rank,))
+            try:
+                failure.report(self._pool, self.rank)
+            except OSError:
+                failure.report(None, self.rank)
+            self._state, self._why = "failed", what
+            self._send_all()
             for tell in self.on_loss:
-                tell(message)
+                with contextlib.suppress(Exception):
+                    tell(message)
             sys.stdout.flush()
         finally:
-            os._exit(2)
+            leave()
 
 
 def _print(line: str) -> None:
@@ -355,7 +368,8 @@ def _print(line: str) -> None:
         with contextlib.suppress(OSError, ValueError):
             print(line, file=sys.stderr, flush=True)
 
-    threading.Thread(target=write, name="notice", daemon=True).start()
+    with contextlib.suppress(RuntimeError):  # no thread is to be had: the line is not worth more
+        threading.Thread(target=write, name="notice", daemon=True).start()
 
 
 def _name(rank: int, about: dict[str, Any], role: str) -> str:

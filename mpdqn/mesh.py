@@ -164,8 +164,10 @@ class World:
         """Have ``tell`` called with the reason if a lost peer ends this process inside the context."""
         listeners = [] if self.heartbeat is None else self.heartbeat.on_loss
         listeners.append(tell)
-        yield
-        listeners.remove(tell)
+        try:
+            yield
+        finally:
+            listeners.remove(tell)
 
     def group(self, ranks: Sequence[int], backend: str | None = None, purpose: str = "") -> dist.ProcessGroup:
         """Return the process group of ``ranks``, made once for each ``purpose``. Collective.

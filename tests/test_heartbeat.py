@@ -23,14 +23,14 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from mpdqn import mesh
+from mpdqn import heartbeat, mesh
 from mpdqn.actors import Actors
 from mpdqn.bench.config import CompareConfig
 from mpdqn.bench.config import check as check_compare
 from mpdqn.bench.trial import Trials, run_trials
 from mpdqn.checkpoint import saver
 from mpdqn.failures import POOL_FOLDER, Failure
-from mpdqn.heartbeat import BEAT_BYTES, Activity, Beat
+from mpdqn.heartbeat import BEAT_BYTES, Activity, Beat, Heartbeat, Peer
 from mpdqn.mesh import World
 from mpdqn.pipeline.runtime import Pipeline
 from mpdqn.traffic import bytes_from, own_addresses
@@ -448,6 +448,7 @@ def test_a_report_that_cannot_be_written_ends_the_rank_all_the_same(tmp_path: Pa
         ended = world.wait(START_S)
         assert max(ended.values()) - begin < 4 + 10
         assert [p.exitcode for p in world.processes] == [2, -signal.SIGKILL]
+        assert re.search(r"mpdqn: rank 1 \(host .*\) has been silent for \d s", world.said(0))
 
 
 def block_the_terminal() -> None:
@@ -484,6 +485,35 @@ def test_a_beat_is_cut_to_its_size() -> None:
     back = Beat.decode(sent)
     assert (back.number, back.seen, back.role, back.age, back.waits) == (3, 2, "stages (0,)", 1.5, True)
     assert back.action.startswith("äää")
+
+
+@pytest.mark.parametrize(
+    ("beside", "excused"),
+    [
+        (None, True),
+        ({"addresses": ["10.0.0.2"], "silent_s": 0.0}, False),  # its bytes come, so the link is not what is silent
+        ({"addresses": ["10.0.0.2"], "silent_s": 3.0}, True),
+        ({"addresses": ["10.0.0.2"], "silent_s": 0.0, "left": True}, True),
+        ({"addresses": ["10.0.0.3"], "silent_s": 0.0}, True),
+        ({"addresses": ["10.0.0.1"], "silent_s": 9.0, "own": True}, False),  # the silent rank is of this host
+    ],
+)
+def test_bytes_excuse_late_beats_of_the_only_rank_there(
+    beside: dict[str, Any] | None, excused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received = iter(range(1, 100))
+    monkeypatch.setattr(heartbeat, "bytes_from", lambda addresses, except_port: next(received))
+    one = object.__new__(Heartbeat)
+    one.interval_s, one._store_port, one._own = 1.0, 0, {"addresses": ["10.0.0.1"]}
+    silent = Peer(rank=1, about={"addresses": ["10.0.0.2"]}, silent_s=9.0)
+    one.peers = [silent]
+    if beside is not None and beside.get("own"):
+        silent.about = {"addresses": ["10.0.0.1"]}
+    elif beside is not None:
+        other = Peer(rank=2, about={"addresses": beside["addresses"]}, silent_s=beside["silent_s"])
+        other.beat = Beat(number=1, seen=1, state="leaving" if beside.get("left") else "running")
+        one.peers.append(other)
+    assert one._moves_bytes(silent) is excused
 
 
 def test_an_activity_returns_to_what_was_done_before() -> None:

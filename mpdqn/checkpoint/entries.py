@@ -7,6 +7,7 @@ folder that it belongs to, sizes and shapes fit each other, and a dtype is one o
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -161,13 +162,22 @@ def check_count(what: str, value: Any) -> None:
 
 def check_text(what: str, value: Any) -> None:
     """Raise MalformedEntry unless ``value`` is printable text of one line."""
-    if not isinstance(value, str) or not value.isprintable():
+    if not isinstance(value, str) or printable(value) != value:
         raise MalformedEntry(f"{what} is {_short(value)}, not a line of text")
 
 
 def printable(text: str) -> str:
-    """Return ``text`` with every character that is not printable, such as an escape or a line end, written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    """Return ``text`` with every character that is not printable, such as an escape or a line end, written out.
+
+    Every blank counts as printable, as the wide one of Japanese and Chinese names.
+    """
+    return "".join(map(_printable, text))
+
+
+def _printable(character: str) -> str:
+    if character.isprintable() or unicodedata.category(character) == "Zs":
+        return character
+    return character.encode("unicode_escape", "surrogatepass").decode()
 
 
 def check_name(value: Any) -> None:

@@ -150,7 +150,7 @@ def on_every_rank(world: World, choice: Choice) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:  # says nothing about the checkpoint
         raise
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, OSError) as caught:
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, OSError) as caught:
         error = caught
     told = _from_all(world, _described(error, choice))
     for wrong, text in (one for one in told if one is not None):

@@ -99,7 +99,7 @@ def check_counts(manifest: Manifest, job: TrainJob, path: Path) -> None:
     }
     fits = {name: _is_count(counters.get(name), most) for name, most in largest.items()}
     for name in ("seconds", "row_seconds"):
-        fits[name] = type(counters.get(name)) in (int, float) and 0 <= counters[name] < float("inf")
+        fits[name] = type(counters.get(name)) in (int, float) and 0 <= counters[name] < 2**63
     lost, before = counters.get("replay_lost"), counters.get("row_before")
     fits["replay_lost"] = isinstance(lost, list) and all(_is_count(v, job.config.num_shards - 1) for v in lost)
     at_most = (frames, rounds * job.transitions_per_round, updates)  # of the row before, as `Progress` counts

@@ -86,7 +86,8 @@ def write_config(folder: Path, job: TrainJob, plan: dict[str, Any], run: str) ->
 def _write_whole(path: Path, text: str) -> None:
     """Write a file that a killed run leaves as it was or as it is to be."""
     draft = path.with_suffix(".part")
-    with draft.open("w") as file:
+    draft.unlink(missing_ok=True)
+    with draft.open("x") as file:  # a new file: in another user's folder the name might be a link
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -106,7 +107,11 @@ def write_record(folder: Path, record: Record) -> None:
 
 def save_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     """Write ``weights.pt``, a plain state_dict."""
-    torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS)
+    draft = folder / f"{WEIGHTS}.part"
+    draft.unlink(missing_ok=True)
+    with draft.open("xb") as file:
+        torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, file)
+    draft.replace(folder / WEIGHTS)
 
 
 def save_policy(folder: Path, network: nn.Sequential, agent: Agent, spec: EnvironmentSpec) -> None:

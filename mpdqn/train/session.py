@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mpdqn.actors import Episode
 from mpdqn.checkpoint.loader import Choice, on_every_rank
+from mpdqn.checkpoint.manifest import WrongCheckpoint
 from mpdqn.checkpoint.saver import NotSaved
 from mpdqn.evaluate import Evaluation, evaluate
 from mpdqn.logs import PROGRESS, Logs, open_logs, read_progress
@@ -173,7 +174,11 @@ class Session:
 
     def _take(self, besides: Mapping[str, Tensor], counters: Mapping[str, Any], frames: int) -> float:
         """Take rows and episodes up to ``frames`` frames, on rank 0; the seconds that were trained before."""
-        rows = read_progress(self._folder) if (self._folder / PROGRESS).is_file() else []  # it may have had none yet
+        path = self._folder / PROGRESS
+        try:
+            rows = read_progress(self._folder) if path.is_file() else []  # the run may have had none yet
+        except ValueError as error:  # which says nothing about the checkpoint
+            raise WrongCheckpoint(f"{error}; mend or delete {path}") from error
         self._rows = [row for row in rows if row["frames"] <= frames]
         self._episodes = list(episodes_of(besides["run.episodes"]))
         row = {"losses": besides["run.losses"], "norms": besides["run.norms"]}

@@ -49,7 +49,9 @@ class Status:
     def write(self, folder: Path) -> None:
         """Put it in the file of ``folder``, which other programs always find whole."""
         draft = folder / f"{STATUS}.part"
-        draft.write_text(json.dumps(asdict(self), indent=1) + "\n")
+        draft.unlink(missing_ok=True)
+        with draft.open("x") as file:  # a new file: in another user's folder the name might be a link
+            file.write(json.dumps(asdict(self), indent=1) + "\n")
         draft.replace(folder / STATUS)
 
 

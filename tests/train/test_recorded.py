@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mpdqn.cli import main
 from mpdqn.layouts import Layout
 from mpdqn.train import load_run, train
+from mpdqn.train.folder import save_weights
 from mpdqn.train.resume import recorded_config
 from mpdqn.train.status import RUNNING, STOPPED, describe, now
 
@@ -137,3 +139,20 @@ def test_a_lock_that_is_a_link(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"\.lock-shard-0 is a symbolic link"):
         train(replay_dir=scratch, out=tmp_path / "out")
     assert precious.read_text() == "kept"
+
+
+def test_a_name_with_a_wide_blank_is_a_name(folder: Path) -> None:
+    """As in Japanese and Chinese file names."""
+    rewrite(folder, replay_dir="/data/my\u3000runs")
+    assert recorded_config(folder).replay_dir == Path("/data/my\u3000runs")
+
+
+def test_what_a_run_writes_into_its_folder_follows_no_link(folder: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    for name in ("status.json.part", "weights.pt.part", "weights.pt"):
+        (folder / name).symlink_to(precious)
+    now(state=RUNNING, frames=0, total_frames=1, updates=0, layout="single@1").write(folder)
+    save_weights(folder, {"w": torch.ones(1)})
+    assert precious.read_text() == "kept"
+    assert torch.equal(torch.load(folder / "weights.pt", weights_only=True)["w"], torch.ones(1))

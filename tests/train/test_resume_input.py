@@ -248,6 +248,7 @@ def test_a_checkpoint_whose_digests_are_right_and_whose_content_is_not(folder: P
     ring = tensors["replay.1.written"]
     for changes, message in (
         ({"counters": counters | {"row_before": None}}, "is damaged: its counter row_before is 'None'"),
+        ({"counters": counters | {"seconds": 10**400}}, "is damaged: its counter seconds is '1000"),
         ({"counters": counters | {"row_before": [1]}}, "is damaged: its counter row_before is '[1]'"),
         (
             {"counters": counters | {"row_before": [0, 8 * rounds + 1, 0]}},
