@@ -46,6 +46,9 @@ BEAT_BYTES = 1024
 MOST_UNSEEN = 5_000
 """Beats that may be under way to one peer, 5 MB of them."""
 
+LISTENER = "heartbeat-listener"
+"""Name of the threads that wait inside gloo for beats."""
+
 ENDING_S = 2.0
 """Seconds that a rank which lost a peer has to say so."""
 
@@ -177,7 +180,9 @@ class Heartbeat:
         dist.all_gather_object(abouts, _about(), group=group)
         self._own = abouts[rank]
         self.peers = [Peer(rank=r, about=abouts[r]) for r in range(size) if r != rank]
-        self._listeners = [threading.Thread(target=self._listen, args=(p,), daemon=True) for p in self.peers]
+        self._listeners = [
+            threading.Thread(target=self._listen, args=(peer,), name=LISTENER, daemon=True) for peer in self.peers
+        ]
         self._monitor = threading.Thread(target=self._guarded_watch, name="heartbeat", daemon=True)
         for thread in (*self._listeners, self._monitor):
             thread.start()

@@ -36,6 +36,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from mpdqn.failures import GRACE_S, POOL_FOLDER, Failure
+from mpdqn.heartbeat import LISTENER
 from mpdqn.mesh import launched_local_world_size, launched_rank
 
 SAME_SIGNAL_S = 5.0
@@ -307,5 +308,7 @@ if __name__ == "__main__":
     code = run_worker(Path(sys.argv[1]), int(sys.argv[2]))
     sys.stdout.flush()
     sys.stderr.flush()
-    # A failed worker leaves at once: the ordinary way out would wait for peers that are gone.
-    os._exit(code) if code else sys.exit(0)
+    # A failed worker leaves at once: the ordinary way out would wait for peers that are gone. So does one that left its
+    # world with an error which it returns: a peer could wake threads inside gloo while the interpreter ends.
+    listens = any(thread.name == LISTENER for thread in threading.enumerate())
+    os._exit(code) if code or listens else sys.exit(0)
