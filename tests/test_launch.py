@@ -283,8 +283,8 @@ def test_a_rendezvous_that_accepts_and_says_nothing_is_one_line(tmp_path: Path):
         )
     assert done.returncode == 2
     assert done.stderr == (
-        f"mpdqn train: rank 1 of 2 had no answer from the rendezvous at 127.0.0.1:{port} (none within 9 s); look at "
-        "what listens there\n"
+        "mpdqn train: rank 1 of 2 could not join the others through the rendezvous at "
+        f"127.0.0.1:{port}: no answer within 9 s; look at what listens there\n"
     )
     assert time.monotonic() - begin < 4 + 10 + START_S / 2  # and the imports
 
