@@ -1,4 +1,4 @@
-"""How a rank fails: the error that tells a lost peer from a fault of its own, and the record that it leaves.
+"""`PeerLost` and `Failure`: a lost peer told from a fault of one's own, and the record that a failed rank leaves.
 
 A rank of a pool (`mpdqn.launch.launch`) writes its failure into the pool's folder, where the parent process finds it;
 under another launcher it prints one line.

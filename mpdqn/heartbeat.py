@@ -17,31 +17,27 @@ the main thread may be inside gloo or NCCL, where no Python exception reaches it
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
+from mpdqn.beat import BEAT_BYTES, Activity, Beat, Peer, name_of
 from mpdqn.failures import GRACE_S, Failure, PeerLost, first_line
 from mpdqn.traffic import bytes_from, own_addresses
 
 NO_LIMIT = timedelta(days=365)
 """The time limit of a message: none. Silence has one."""
-
-BEAT_BYTES = 1024
-"""Size of a beat on the wire."""
 
 MOST_UNSEEN = 5_000
 """Beats that may be under way to one peer, 5 MB of them."""
@@ -51,99 +47,6 @@ LISTENER = "heartbeat-listener"
 
 ENDING_S = 2.0
 """Seconds that a rank which lost a peer has to say so."""
-
-
-class Activity:
-    """What a rank's main thread is doing ("playing round 3", or an action of a table), and since when.
-
-    Written by the main thread, read by the monitor.
-    """
-
-    def __init__(self) -> None:
-        self.role = ""
-        self._now: tuple[object, float, bool] = ("starting", time.monotonic(), False)
-
-    def set(self, action: object) -> None:
-        """Note that the main thread begins ``action``; its text is made when it is asked for."""
-        self._now = (action, time.monotonic(), False)
-
-    @contextlib.contextmanager
-    def during(self, action: object) -> Iterator[None]:
-        """Note that the main thread does ``action`` inside the context, and what it did before after it."""
-        before, self._now = self._now, (action, time.monotonic(), False)
-        yield
-        self._now = (before[0], time.monotonic(), before[2])
-
-    @contextlib.contextmanager
-    def waiting(self, what: object) -> Iterator[None]:
-        """Note that the main thread waits for ``what`` inside the context; threads beside it note nothing."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before, self._now = self._now, (what, time.monotonic(), True)
-        yield  # an error leaves the wait noted: it is what the failure is about
-        self._now = (before[0], time.monotonic(), before[2])
-
-    def look(self) -> tuple[str, float, bool]:
-        """Return the text of the action, its age in seconds, and whether it is a wait for another rank."""
-        action, since, waits = self._now
-        text = action if isinstance(action, str) else f"computing {action}"
-        return text, time.monotonic() - since, waits
-
-
-@dataclass(frozen=True, kw_only=True)
-class Beat:
-    """One message of a rank to a peer; ``seen`` is the number of the last beat that it had from that peer."""
-
-    number: int
-    seen: int
-    state: Literal["running", "leaving", "failed"] = "running"
-    role: str = ""
-    action: str = ""
-    age: float = 0.0
-    waits: bool = False
-
-    def encode(self) -> Tensor:
-        """Return this beat as uint8 [BEAT_BYTES], its action cut to fit."""
-        values, room = asdict(self), BEAT_BYTES
-        while len(text := json.dumps(values).encode()) > room:
-            longest = max(("role", "action"), key=lambda name: len(values[name]))
-            values[longest] = values[longest][: len(values[longest]) // 2]
-        return torch.frombuffer(bytearray(text.ljust(room)), dtype=torch.uint8)
-
-    @staticmethod
-    def decode(buffer: Tensor) -> Beat:
-        """Return the beat that `encode` made ``buffer`` of."""
-        return Beat(**json.loads(bytes(buffer.tolist())))
-
-
-@dataclass(kw_only=True)
-class Peer:
-    """Another rank as its beats show it. ``silent_s`` counts only time in which this process itself ran."""
-
-    rank: int
-    about: dict[str, Any]
-    beat: Beat = Beat(number=0, seen=0, action="starting")
-    received: float = field(default_factory=time.monotonic)
-    heard: bool = True
-    silent_s: float = 0.0
-    bytes_received: int = 0
-    gone: str = ""
-    gone_s: float = 0.0
-    sent: int = 0
-    in_flight: dict[int, tuple[dist.Work | None, Tensor]] = field(default_factory=dict)
-
-    @property
-    def left(self) -> bool:
-        """Whether the peer came to its end in good order."""
-        return self.beat.state == "leaving"
-
-    def __str__(self) -> str:
-        return _name(self.rank, self.about, self.beat.role)
-
-    def action(self, since_then: float = 0.0) -> str:
-        """Return what the peer was doing when it was last heard of, and for how long, ``since_then`` seconds added."""
-        return f"{self.beat.action} (for {self.beat.age + since_then:.0f} s)"
 
 
 class Heartbeat:
@@ -327,7 +230,7 @@ class Heartbeat:
     def name(self, rank: int) -> str:
         """Return ``rank`` with its host and its part in the layout, as messages name it."""
         if rank == self.rank:
-            return _name(rank, self._own, self.activity.role)
+            return name_of(rank, self._own, self.activity.role)
         return str(next(peer for peer in self.peers if peer.rank == rank))
 
     def _end(self, what: str, silent: Peer | None = None) -> None:
@@ -375,10 +278,6 @@ def _print(line: str) -> None:
 
     with contextlib.suppress(RuntimeError):  # no thread is to be had: the line is not worth more
         threading.Thread(target=write, name="notice", daemon=True).start()
-
-
-def _name(rank: int, about: dict[str, Any], role: str) -> str:
-    return f"rank {rank} (host {about['host']}{f', {role}' if role else ''})"
 
 
 def _about() -> dict[str, Any]:

@@ -29,8 +29,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mpdqn.beat import Activity
 from mpdqn.failures import POOL_FOLDER, PeerLost, first_line, tells_of_lost_peer
-from mpdqn.heartbeat import NO_LIMIT, Activity, Heartbeat
+from mpdqn.heartbeat import NO_LIMIT, Heartbeat
 from mpdqn.message import Message
 from mpdqn.plan import Plan
 from mpdqn.rendezvous import attempt, join

@@ -25,12 +25,13 @@ import torch
 
 from mpdqn import heartbeat, mesh
 from mpdqn.actors import Actors
+from mpdqn.beat import BEAT_BYTES, Activity, Beat, Peer
 from mpdqn.bench.config import CompareConfig
 from mpdqn.bench.config import check as check_compare
 from mpdqn.bench.trial import Trials, run_trials
 from mpdqn.checkpoint import saver
 from mpdqn.failures import POOL_FOLDER, Failure
-from mpdqn.heartbeat import BEAT_BYTES, Activity, Beat, Heartbeat, Peer
+from mpdqn.heartbeat import Heartbeat
 from mpdqn.mesh import World
 from mpdqn.pipeline.runtime import Pipeline
 from mpdqn.traffic import bytes_from, own_addresses

@@ -64,7 +64,7 @@ def rounds_of(records: Iterable[Record]) -> dict[int, Round]:
 
 
 def bars(records: Iterable[Record]) -> tuple[str, ...]:
-    """What the bar asks for and what was measured, a sentence for each kind.
+    """Return what the bar asks for and what was measured, a sentence for each kind.
 
     It is met by both the median of the rounds' ratios and the ratio of the medians, in at least `ROUNDS` rounds.
     """

@@ -22,7 +22,7 @@ BUFFER_SIZE = 10_000
 
 @dataclass(frozen=True, kw_only=True)
 class Games:
-    """How many games are played together: each of ``shards`` is one call of the network in each of ``chunk`` steps."""
+    """Number of games played together: each of ``shards`` is one call of the network in each of ``chunk`` steps."""
 
     shards: int
     per_shard: int

@@ -152,7 +152,7 @@ def _late_note(row: Row) -> str:
 
 
 def _whole_backward_note(rows: Sequence[Row]) -> tuple[str, ...]:
-    """What a split backward is where stages are compiled; no note without such rows."""
+    """Return the note on rows whose compiled stages do not split the backward; none without such rows."""
     names = [
         row.name
         for row in rows

@@ -69,7 +69,7 @@ class CompareConfig:
     memory_limit: float = 0.0
     """GiB that --recompute auto lets a rank's parameters and activations take; 0: its share of this machine's."""
     precision: Literal["float32", "tf32", "bf16", "auto"] = "auto"
-    """Of products and convolutions; auto: on a GPU the fastest for each row as measured, on the CPU float32."""
+    """Precision of products and convolutions; auto: on a GPU the fastest for each row, measured; on the CPU float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the stages; auto: on a GPU where it is measured to win, on the CPU off."""
     trace: bool = False
@@ -121,7 +121,7 @@ class Job:
 
     @property
     def spec(self) -> EnvironmentSpec:
-        """Of one of the environments."""
+        """Shapes and actions of one of the environments."""
         return self.workload.spec
 
     @property
@@ -131,7 +131,7 @@ class Job:
 
     @property
     def network_name(self) -> str:
-        """What tables, records and the run's folder call the network: a file of one's own without its absolute path."""
+        """Name of the network in tables, records and the folder's name: one's own file without its absolute path."""
         name, width = without_place(self.workload.network_name), self.config.width
         return f"{name} ×{width:g}" if width is not None else name
 

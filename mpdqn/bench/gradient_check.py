@@ -32,7 +32,7 @@ def probe_config(config: LearnerConfig) -> LearnerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Probe:
-    """Of the last of `PROBED` updates: this rank's TD errors, None without shards, and on rank 0 all gradients."""
+    """TD errors of this rank (None without shards) and, on rank 0, all gradients of the last of `PROBED` updates."""
 
     td_errors: Tensor | None
     gradients: Mapping[str, Tensor]

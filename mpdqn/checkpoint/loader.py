@@ -158,7 +158,7 @@ def on_every_rank(world: World, choice: Choice) -> Iterator[None]:
 
 
 def _described(error: Exception | None, choice: Choice) -> tuple[bool, str] | None:
-    """Whether an error tells of a wrong checkpoint or of a damaged one, and its text in one line."""
+    """Return whether an error means a wrong checkpoint (else a damaged one), and its text in one line."""
     if error is None:
         return None
     if isinstance(error, (WrongCheckpoint, DamagedCheckpoint)):

@@ -92,7 +92,7 @@ class TrainConfig:
     dtype: Literal["float32", "float64"] = "float32"
     """Of the networks."""
     precision: Literal["float32", "tf32", "bf16", "auto"] = "auto"
-    """Of products and convolutions; auto: on a GPU the fastest as measured, on the CPU float32."""
+    """Precision of products and convolutions; auto: on a GPU the fastest as measured, on the CPU float32."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of the stages; auto: on a GPU where it is measured to win, on the CPU off."""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -154,7 +154,7 @@ class TrainJob:
 
     @property
     def spec(self) -> EnvironmentSpec:
-        """Of one of the environments."""
+        """Shapes and actions of one of the environments."""
         return self.workload.spec
 
     @property
