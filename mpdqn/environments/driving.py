@@ -73,6 +73,25 @@ class Scene(gymnasium.ObservationWrapper):  # type: ignore[misc]
         return picture
 
 
+class Race(gymnasium.Wrapper):  # type: ignore[misc]
+    """CarRacing, played by one thread of this process at a time: pygame's polygons are not safe to draw in several."""
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> Any:
+        """Begin an episode."""
+        with PROCESS:
+            return super().reset(seed=seed, options=options)
+
+    def step(self, action: Any) -> Any:
+        """Take one action."""
+        with PROCESS:
+            return super().step(action)
+
+    def close(self) -> None:
+        """Free what it draws on, which ends pygame for the whole process: not while another thread draws."""
+        with PROCESS:
+            super().close()
+
+
 @contextlib.contextmanager
 def own_manners(changed: dict[tuple[type, str], Any] | None = None) -> Iterator[None]:
     """Have the other vehicles drive as ``changed`` says inside, which is brought up to date, and as before outside.
@@ -136,6 +155,7 @@ def scenes() -> dict[str, SimulatedKind]:
             name="car-racing",
             make="CarRacing-v3",
             arguments={"continuous": False},
+            adapt=Race,
             format=PixelFormat(grey=True, size=None, crop=(0, SIZE, 6, 6 + SIZE)),
             frames_per_action=4,
         ),

@@ -117,6 +117,13 @@ def test_scenes_in_several_threads_leave_one_another_alone():
     assert "SDL_VIDEODRIVER" not in os.environ
 
 
+def test_races_in_several_threads_leave_one_another_alone():
+    """pygame fills polygons with memory that all threads share: pictures came out with parts of another's road."""
+    expected = played("car-racing")
+    with ThreadPoolExecutor(3) as threads:
+        assert list(threads.map(played, ["car-racing"] * 6)) == [expected] * 6
+
+
 def test_one_thread_at_a_time_is_quiet():
     def whisper() -> bool:
         with quiet({}):
