@@ -10,8 +10,9 @@
 
 No message between ranks has a time limit of its own: a large one over a slow link takes as long as it takes. What has
 a limit is *silence*: no beat, and no byte from another host. A rank that computes, compiles, plays or evaluates for an
-hour still beats; a stopped process, a lost host or a dead link does not. The monitor ends the process itself, because
-the main thread may be inside gloo or NCCL, where no Python exception reaches it.
+hour still beats, as long as what it calls releases Python's GIL; a stopped process, a lost host or a dead link does
+not. The monitor ends the process itself, because the main thread may be inside gloo or NCCL, where no Python exception
+reaches it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ started themselves ends with them.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
 import pickle
@@ -35,6 +34,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from mpdqn.children import StoppedWatch, end_remaining, end_with, mark, workers_of
 from mpdqn.failures import GRACE_S, POOL_FOLDER, Failure
 from mpdqn.heartbeat import LISTENER
 from mpdqn.mesh import launched_local_world_size, launched_rank
@@ -47,7 +47,9 @@ class WorkerError(RuntimeError):
     """A worker failed; the message gives its rank and its own error, a note its traceback."""
 
 
-def launch(function: Callable[..., Any], *args: Any, num_workers: int, forward_sigterm: bool = False) -> list[Any]:
+def launch(
+    function: Callable[..., Any], *args: Any, num_workers: int, forward_sigterm: bool = False, timeout_s: float = 45.0
+) -> list[Any]:
     """Run ``function(*args)`` in ``num_workers`` processes on this host and return their results by rank.
 
     The function and its arguments are pickled by value where they come from ``__main__``, so that scripts and notebooks
@@ -59,6 +61,8 @@ def launch(function: Callable[..., Any], *args: Any, num_workers: int, forward_s
         num_workers: how many processes, at least 1.
         forward_sigterm: SIGTERM is for the function to see in each worker, and ends nothing by itself; a later one
             does.
+        timeout_s: seconds for which a worker may be stopped (SIGSTOP), and some more, before it is killed; its peers in
+            a `World` have a limit of their own.
 
     Raises:
         WorkerError: the first worker's failure that is not a consequence of another's; all workers have ended by then.
@@ -88,6 +92,7 @@ def launch(function: Callable[..., Any], *args: Any, num_workers: int, forward_s
                 _quiet_agent(),
                 _environment(_worker_environment()),
                 _Forwarding(run_id if forward_sigterm else None) as forwarding,
+                StoppedWatch(run_id, timeout_s) as stopped,
             ):
                 elastic_launch(config, sys.executable)("-m", "mpdqn.launch", str(job), str(os.getpid()))
         except RendezvousError as error:
@@ -95,20 +100,20 @@ def launch(function: Callable[..., Any], *args: Any, num_workers: int, forward_s
                 f"the workers' rendezvous in {folder} failed: {error}; set TMPDIR to another folder"
             ) from error
         except ChildFailedError as error:
-            cause = _first_cause(job, error.failures, num_workers)
+            cause = _first_cause(job, error.failures, num_workers, stopped.found)
             if forwarding.done and "SIGTERM" in str(cause):  # it came before the function had begun
                 raise KeyboardInterrupt("stopped by SIGTERM") from None
             raise cause from None
         except SignalException as error:
             raise KeyboardInterrupt(f"stopped by {error.sigval.name}") from None
         finally:
-            _end_remaining(run_id)
+            end_remaining(run_id)
         return [pickle.loads((job / f"result-{rank}.pkl").read_bytes()) for rank in range(num_workers)]
 
 
 def run_worker(job: Path, parent: int) -> int:
     """The body of one worker of process ``parent``: run the job, leave its result or failure, return the exit code."""
-    _end_with(parent)
+    end_with(parent)
     rank = launched_rank()
     POOL_FOLDER.set(job)
     try:
@@ -126,7 +131,9 @@ def run_worker(job: Path, parent: int) -> int:
     return 0
 
 
-def _first_cause(job: Path, failures: Mapping[int, ProcessFailure], num_workers: int) -> WorkerError:
+def _first_cause(
+    job: Path, failures: Mapping[int, ProcessFailure], num_workers: int, stopped: Mapping[int, float]
+) -> WorkerError:
     """The error to show: a worker's own fault before a killed worker before a consequence, the earliest of each."""
     read = {rank: Failure.read(job, rank) for rank in range(num_workers)}
     told = {rank: failure for rank, failure in read.items() if failure is not None}
@@ -144,6 +151,8 @@ def _first_cause(job: Path, failures: Mapping[int, ProcessFailure], num_workers:
             # that are silent. Neither is the cause.
             ended = code == -signal.SIGTERM or at > ending or rank in killed
             text = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
+            if rank in stopped:
+                text = f"stopped (SIGSTOP) for {stopped[rank]:.0f} s, and killed"
             found.append((3 if ended else 1, at, rank, text, ""))
     _, _, rank, text, trace = min(found)
     error = WorkerError(f"rank {rank} of {num_workers} failed: {text}")
@@ -161,65 +170,12 @@ def _shutdown_limit() -> dict[str, Any]:
     return {name: round(GRACE_S)} if name in {field.name for field in fields(LaunchConfig)} else {}
 
 
-def _end_with(parent: int) -> None:
-    """Have the kernel end this process when ``parent`` ends, even by SIGKILL, which leaves it no time to see to us."""
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it ended before we asked
-        os._exit(1)
-
-
-def _end_remaining(run_id: str) -> None:
-    """End every process of the job that is still there, a failed worker's own children too.
-
-    The launcher's variable TORCHELASTIC_RUN_ID, which they inherit, tells them. Most notice by themselves that their
-    worker is gone and clean up behind it, so that they get some time for it.
-    """
-    mark = _mark(run_id)
-    patience = time.monotonic() + GRACE_S
-    while left := [pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if mark in _environ(pid)]:
-        late = time.monotonic() - patience
-        for pid in left if late > 0 else ():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        if late > GRACE_S:  # it hangs in the kernel, where no signal reaches it
-            return
-        time.sleep(0.05)
-
-
 def a_peer_ended() -> bool:
     """Whether one of the processes that torch's launcher started with this one, on this host, has ended."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID")
     if run_id is None:  # another launcher, which leaves no trace of its own
         return False
-    mark = _mark(run_id)
-    return len(_workers_of(os.getppid(), mark)) < launched_local_world_size()
-
-
-def _workers_of(parent: int, mark: bytes) -> list[int]:
-    """The children of process ``parent`` that were started with ``mark`` in their environment."""
-    everyone = map(int, filter(str.isdigit, os.listdir("/proc")))
-    return [pid for pid in everyone if _parent(pid) == parent and mark in _environ(pid)]
-
-
-def _mark(run_id: str) -> bytes:
-    """What tells a process of the run, and all that it started, in their environment."""
-    return f"TORCHELASTIC_RUN_ID={run_id}".encode()
-
-
-def _parent(pid: int) -> int:
-    try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
-    except (OSError, IndexError):
-        return -1
-
-
-def _environ(pid: int) -> list[bytes]:
-    """The environment with which process ``pid`` was started; empty if it is gone or another user's."""
-    try:
-        return Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-    except OSError:
-        return []
+    return len(workers_of(os.getppid(), mark(run_id))) < launched_local_world_size()
 
 
 def _worker_environment() -> dict[str, str]:
@@ -274,7 +230,7 @@ class _Forwarding:
                 raise SignalException("stopped by a second SIGTERM", signal.SIGTERM)
             return
         self.done, self._at = True, time.monotonic()
-        workers = _workers_of(os.getpid(), _mark(self._run_id or ""))
+        workers = workers_of(os.getpid(), mark(self._run_id or ""))
         if not workers:  # they are not there yet
             raise SignalException("stopped before it began", signal.SIGTERM)
         for pid in workers:

@@ -125,7 +125,7 @@ class World:
             torch.cuda.set_device(own)
             backend = "nccl" if torch.cuda.device_count() >= launched_local_world_size() else "gloo"
         pool, activity, heartbeat = POOL_FOLDER.get(), Activity(), None
-        join(backend, rank, size, timeout_s, pool)
+        store = join(backend, rank, size, timeout_s, pool)
         if size > 1:
             port = int(os.environ.get("MASTER_PORT", "0")) if pool is None else 0
             limit = timedelta(seconds=timeout_s)
@@ -136,6 +136,7 @@ class World:
                     rank, _new_group(range(size), "gloo", limit), timeout_s, activity, pool=pool, store_port=port
                 ),
             )
+            store.set_timeout(NO_LIMIT)  # NCCL meets there once more in a group's first message, after a compilation
         lobby = _new_group(range(size), "gloo")
         world = cls(rank=rank, size=size, device=own, lobby=lobby, activity=activity, heartbeat=heartbeat)
         activity.set("preparing")

@@ -35,8 +35,8 @@ MARGIN_S = 5.0
 """Seconds beyond the timeout after which a step that should have ended by itself is given up."""
 
 
-def join(backend: str, rank: int, size: int, timeout_s: float, folder: Path | None) -> None:
-    """Make torch's default process group of ``size`` ranks. Collective.
+def join(backend: str, rank: int, size: int, timeout_s: float, folder: Path | None) -> Store:
+    """Make torch's default process group of ``size`` ranks and return its store. Collective.
 
     Args:
         backend: ``gloo`` or ``nccl``.
@@ -49,8 +49,9 @@ def join(backend: str, rank: int, size: int, timeout_s: float, folder: Path | No
         PeerLost: if the rendezvous does not answer, or a rank does not come, naming which.
     """
     if size == 1:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
-        return
+        alone = HashStore()
+        dist.init_process_group(backend, store=alone, rank=0, world_size=1)
+        return alone
     limit = timedelta(seconds=timeout_s)
     where = f"{os.environ.get('MASTER_ADDR', '?')}:{os.environ.get('MASTER_PORT', '?')}" if folder is None else "a file"
 
@@ -62,6 +63,7 @@ def join(backend: str, rank: int, size: int, timeout_s: float, folder: Path | No
         timeout_s,
         lambda: dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=limit),
     )
+    return store
 
 
 def _store(rank: int, size: int, limit: timedelta, folder: Path | None) -> Store:
@@ -84,7 +86,9 @@ def _store(rank: int, size: int, limit: timedelta, folder: Path | None) -> Store
             wait_for_workers=False,
             multi_tenant=True,
         )
-    return PrefixStore(f"mpdqn/world-{store.add(f'mpdqn/opened-{rank}', 1)}", store)
+    # An agent that restarts its workers keeps the store, and its ranks may have opened different numbers of worlds.
+    attempt = f"mpdqn/attempt-{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+    return PrefixStore(f"{attempt}/world-{store.add(f'{attempt}/opened-{rank}', 1)}", store)
 
 
 def _call_roll(store: Store, rank: int, size: int, timeout_s: float) -> None:

@@ -197,6 +197,21 @@ def test_ranks_that_do_not_end_are_ended(folder: Path):
     assert_nothing_left(folder)
 
 
+def stop_after_leaving() -> int:
+    with World.open(timeout_s=60) as world:
+        world.barrier()
+    if world.rank == 1:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    return world.rank
+
+
+def test_a_worker_that_is_stopped_after_it_left_its_world_is_named_and_ended(folder: Path):
+    """No peer listens to it any more, and the launcher waits for its end without a limit."""
+    with pytest.raises(WorkerError, match=r"^rank 1 of 2 failed: stopped \(SIGSTOP\) for \d+ s, and killed$"):
+        launch(stop_after_leaving, num_workers=2, timeout_s=1)
+    assert_nothing_left(folder)
+
+
 # Sockets
 
 
@@ -429,3 +444,36 @@ def test_the_same_world_opens_under_torchrun(tmp_path: Path):
         timeout=START_S,
     )
     assert (done.returncode, done.stdout) == (0, "ranks [0, 1]\n"), done.stderr
+
+
+def test_a_rank_that_died_before_the_world_was_open_is_restarted_by_torchrun(tmp_path: Path):
+    """The agent's store outlives a restart: the ranks have then opened different numbers of worlds in it."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, signal, time\n"
+        "first = os.environ['TORCHELASTIC_RESTART_COUNT'] == '0'\n"
+        "opened = os.environ['TMPDIR'] + '/opened'\n"
+        "if first and os.environ['RANK'] == '1':\n"
+        "    while not os.path.exists(opened):\n"
+        "        time.sleep(0.05)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from mpdqn import rendezvous\n"
+        "from mpdqn.mesh import World\n"
+        "call_roll = rendezvous._call_roll\n"
+        "def tell(*arguments):\n"
+        "    open(opened, 'w').close()\n"
+        "    call_roll(*arguments)\n"
+        "rendezvous._call_roll = tell\n"
+        "with World.open(timeout_s=20) as world:\n"
+        "    world.barrier()\n"
+        "    print('rank', world.rank, flush=True)\n"
+    )
+    torchrun = Path(sys.executable).with_name("torchrun")
+    done = subprocess.run(
+        [torchrun, "--standalone", "--nproc-per-node", "2", "--max-restarts", "1", script],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=START_S,
+    )
+    assert (done.returncode, sorted(done.stdout.split("\n"))) == (0, ["", "rank 0", "rank 1"]), done.stderr

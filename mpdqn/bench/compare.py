@@ -65,7 +65,7 @@ def compare(
     if launched():
         folder, records = run_trials(job)
     else:
-        outcome = launch(run_or_refuse, job, num_workers=job.num_ranks)[0]
+        outcome = launch(run_or_refuse, job, num_workers=job.num_ranks, timeout_s=job.config.timeout)[0]
         if isinstance(outcome, NothingFits):
             raise outcome
         folder, records = outcome

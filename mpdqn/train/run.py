@@ -61,7 +61,9 @@ def train(config: TrainConfig | None = None, **settings: Any) -> TrainResult:
     job = check(config)
     if launched() or job.num_ranks == 1:
         return train_rank(job)
-    results: list[TrainResult] = launch(train_rank, job, num_workers=job.num_ranks, forward_sigterm=True)
+    results: list[TrainResult] = launch(
+        train_rank, job, num_workers=job.num_ranks, forward_sigterm=True, timeout_s=job.config.timeout
+    )
     return results[0]
 
 
