@@ -12,6 +12,7 @@ from torch import nn
 
 from mpdqn.bench.tables import NOTHING, Table
 from mpdqn.evaluate import EVALUATION_EPSILON, Evaluation, Greedy, argmax, evaluate
+from mpdqn.files import check_plain, write_whole
 from mpdqn.mesh import check_device
 from mpdqn.records import RECORDS, Environment, Record, append_records
 from mpdqn.train import load_run
@@ -58,15 +59,16 @@ def evaluate_run(config: EvaluateConfig) -> Table:
 
     Raises:
         mpdqn.train.resume.UntrustedCode: for code that only the folder names, before any of it runs.
-        ValueError: for a folder without a finished run, or a setting out of range.
+        ValueError: for a folder without a finished run, or whose records are a link; or a setting out of range.
     """
     check_device(config.device)
+    check_plain(config.run / RECORDS)
     run = load_run(config.run, network=config.network, env=config.env, trust=config.trust)
     network, env = run.network.to(config.device), run.job.config.env
     played = run_evaluation(config, network, env, greedy=run.job.agent.greedy, device=config.device)
     devices = torch.cuda.get_device_name() if config.device == "cuda" else ""
     table = evaluation_table(played)
-    (config.run / "evaluation.md").write_text(table.markdown())
+    write_whole(config.run / "evaluation.md", table.markdown())
     append_records(config.run / RECORDS, evaluation_records(played, Environment.current(devices)))
     return table
 

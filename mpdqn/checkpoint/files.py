@@ -59,7 +59,8 @@ class DigestedFile:
         return FileEntry(bytes=self.size, sha256=self._hash.hexdigest())
 
     def __enter__(self) -> Self:
-        self._file: Any = self._path.open("wb")
+        self._path.unlink(missing_ok=True)  # of a draft that was killed, or a link
+        self._file: Any = self._path.open("xb")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:

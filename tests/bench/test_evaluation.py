@@ -63,7 +63,11 @@ def test_a_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     job = SimpleNamespace(config=SimpleNamespace(env="qbert"), agent=SimpleNamespace(greedy=greedy))
     network = make_network("nature", (4, 84, 84), 6, width=None, seed=0)
     monkeypatch.setattr(module, "load_run", lambda folder, **names: SimpleNamespace(network=network, job=job))
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    (tmp_path / "evaluation.md").symlink_to(precious)  # the folder may be another user's
     table = evaluate_run(EvaluateConfig(run=tmp_path, episodes=1, epsilon=0.9))
+    assert precious.read_text() == "kept"
     assert table.rows[0][:3] == ("qbert", "0.9", "1")
     assert (tmp_path / "evaluation.md").read_text() == table.markdown()
     assert set(asked) == {8}
