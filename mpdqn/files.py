@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import os
 import stat
 from collections.abc import Iterator
@@ -48,6 +49,11 @@ def open_to_append(path: Path) -> IO[str]:
     """Open the plain file ``path``, or a new one, to append text; ValueError as `check_plain`."""
     descriptor = open_itself(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK)
     return os.fdopen(descriptor, "a", encoding="utf-8", newline="")
+
+
+def open_to_read(path: Path) -> io.BufferedReader:
+    """Open the plain file ``path`` to read bytes; ValueError as `check_plain`, where a pipe would be waited for."""
+    return os.fdopen(open_itself(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
 
 
 def check_plain(path: Path) -> None:
