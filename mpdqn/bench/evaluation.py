@@ -69,7 +69,8 @@ def evaluate_run(config: EvaluateConfig) -> Table:
     devices = torch.cuda.get_device_name() if config.device == "cuda" else ""
     table = evaluation_table(played)
     write_whole(config.run / "evaluation.md", table.markdown())
-    append_records(config.run / RECORDS, evaluation_records(played, Environment.current(devices)))
+    records = evaluation_records(played, Environment.current(devices), max_steps=config.max_steps, device=config.device)
+    append_records(config.run / RECORDS, records)
     return table
 
 
@@ -142,15 +143,30 @@ def evaluation_table(evaluations: Sequence[Evaluation]) -> Table:
     )
 
 
-def evaluation_records(evaluations: Sequence[Evaluation], environment: Environment) -> tuple[Record, ...]:
-    """A record of each evaluation, with the returns and lengths of all its episodes."""
+def evaluation_records(
+    evaluations: Sequence[Evaluation], environment: Environment, *, max_steps: int | None, device: str
+) -> tuple[Record, ...]:
+    """A record of each evaluation, with the returns and lengths of all its episodes.
+
+    Args:
+        evaluations: what was played.
+        environment: where.
+        max_steps: agent steps after which an episode was cut short; None for the default.
+        device: where the network was.
+    """
     return tuple(
         Record(
             experiment="evaluate",
             row=f"{e.environment}, ε = {e.epsilon:g}",
             round=0,
             seed=e.seed,
-            settings={"env": e.environment, "epsilon": e.epsilon, "episodes": len(e.returns)},
+            settings={
+                "env": e.environment,
+                "epsilon": e.epsilon,
+                "episodes": len(e.returns),
+                "max_steps": max_steps,
+                "device": device,
+            },
             values={
                 "return_mean": e.mean,
                 "return_iqm": e.iqm,

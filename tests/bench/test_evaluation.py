@@ -48,8 +48,10 @@ def test_the_table() -> None:
 
 def test_records_hold_every_episode() -> None:
     environment = Environment(commit="", versions={}, hardware="", cores=2, memory_gib=1.0, command="")
-    (record,) = evaluation_records([PONG], environment)
+    (record,) = evaluation_records([PONG], environment, max_steps=30, device="cpu")
     assert Record.from_json(record.to_json()).values["returns"] == list(PONG.returns)
+    played = {"env": "pong", "epsilon": 0.001, "episodes": 4}
+    assert record.settings == played | {"max_steps": 30, "device": "cpu"}, "all that the returns depend on"
 
 
 def test_a_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,6 +75,7 @@ def test_a_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert set(asked) == {8}
     (record,) = read_records(tmp_path / RECORDS)
     assert f"{record.values['return_mean']:.1f}" == table.rows[0][3]
+    assert (record.settings["max_steps"], record.settings["device"]) == (None, "cpu")
 
 
 def test_a_run_with_a_video(tmp_path: Path) -> None:
