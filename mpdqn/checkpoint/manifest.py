@@ -28,7 +28,7 @@ from mpdqn.checkpoint.entries import (
     check_text,
     printable,
 )
-from mpdqn.files import open_to_read
+from mpdqn.files import check_own_folder, open_to_read
 
 FORMAT = 1
 """Raised whenever an older mpdqn could not read, or would misread, what is written."""
@@ -155,6 +155,7 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
+            check_own_folder(folder)
             with open_to_read(path) as file:
                 text = file.read().decode()
         except (OSError, ValueError) as error:  # a link or a pipe is a ValueError, as is text of another encoding

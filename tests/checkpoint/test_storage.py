@@ -81,6 +81,14 @@ def test_a_file_that_is_not_a_plain_one_is_damage(kind: str, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("alone")
+def test_a_checkpoint_that_is_a_link_is_damage(tmp_path: Path) -> None:
+    folder, _ = written(tmp_path / "made", {"x": torch.ones(1)})
+    (tmp_path / folder.name).symlink_to(folder)
+    with pytest.raises(DamagedCheckpoint, match="is a symbolic link but must be a folder of its own"):
+        Manifest.read(tmp_path / folder.name)
+
+
+@pytest.mark.usefixtures("alone")
 def test_the_files_hold_the_tensors_and_nothing_else(tmp_path: Path) -> None:
     tensors = kinds()
     folder, manifest = written(tmp_path / "made", tensors)
