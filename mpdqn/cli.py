@@ -100,7 +100,9 @@ def _train(flags: list[str]) -> int:
     # Before a run notes it, there is nothing to save: the same command, or --resume, goes on from where it was.
     before = signal.signal(signal.SIGTERM, lambda *_: os._exit(EXIT_RESUMABLE))
     try:
-        result = train(_parse(TrainConfig, "train", flags, default))
+        config = _parse(TrainConfig, "train", flags, default)
+        named = any(flag.partition("=")[0].replace("_", "-") == "--replay-dir" for flag in flags)
+        result = train(config, **({"replay_dir": config.replay_dir} if named else {}))
     except KeyboardInterrupt as error:
         if "SIGTERM" not in str(error):
             raise

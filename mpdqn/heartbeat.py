@@ -119,7 +119,12 @@ class Heartbeat:
                 if not peer.left:
                     peer.gone = f"is gone ({first_line(error)})"
                 return
-            beat, before = Beat.decode(buffer), peer.beat
+            before = peer.beat
+            try:
+                beat = Beat.decode(buffer)
+            except Exception as error:  # this thread's end would look like the peer's silence
+                peer.gone = f"sent a beat that cannot be read ({type(error).__name__}: {first_line(error)})"
+                return
             if beat.state == "failed":
                 peer.beat, peer.gone = replace(beat, action=before.action), f"failed: {beat.action}"
                 return

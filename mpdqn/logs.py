@@ -11,8 +11,8 @@ Environment frames are the only clock. A run that is resumed goes on in the same
 from __future__ import annotations
 
 import csv
+import io
 import math
-import os
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -20,9 +20,16 @@ from types import TracebackType
 from typing import IO, Any, Protocol, Self
 
 from mpdqn.extras import install_command, missing_packages, require_extra
+from mpdqn.files import check_own_folder, check_plain, open_to_append, write_whole
 
 PROGRESS = "progress.csv"
 """The file of a run's folder that holds its progress."""
+
+TENSORBOARD = "tensorboard"
+"""The subfolder of its events."""
+
+WANDB = "wandb"
+"""The subfolder that Weights & Biases makes."""
 
 FRAMES = "frames"
 """Its first column: environment frames."""
@@ -88,6 +95,15 @@ def check_logs(*, wandb: bool = False) -> None:
         ) from error
 
 
+def check_log_files(folder: Path) -> None:
+    """Raise ValueError if a log of the run in ``folder`` is a symbolic link, and rows would be written elsewhere."""
+    check_plain(folder / PROGRESS)
+    for name in (TENSORBOARD, WANDB):
+        check_own_folder(folder / name)
+    for path in (folder / TENSORBOARD).glob("events.*"):
+        check_plain(path)
+
+
 def open_logs(folder: Path, *, wandb: bool = False, config: Mapping[str, Any], resume_at: int | None = None) -> Logs:
     """Start, or go on with, the logs of the run in ``folder``.
 
@@ -98,8 +114,9 @@ def open_logs(folder: Path, *, wandb: bool = False, config: Mapping[str, Any], r
         resume_at: frames of the checkpoint that the run goes on from. Rows after it are dropped: they come again.
 
     Raises:
-        ValueError: if ``wandb`` is asked for and the extra is not installed.
+        ValueError: if ``wandb`` is asked for and the extra is not installed, or as `check_log_files`.
     """
+    check_log_files(folder)
     remote: list[Sink] = [_Wandb(folder, config)] if wandb else []  # first: it is refused if its extra is missing
     folder.mkdir(parents=True, exist_ok=True)
     local: list[Sink] = [ProgressFile(folder / PROGRESS, resume_at)]
@@ -109,7 +126,7 @@ def open_logs(folder: Path, *, wandb: bool = False, config: Mapping[str, Any], r
         )
         print(note, file=sys.stderr)
     else:
-        local.append(_TensorBoard(folder / "tensorboard", resume_at))
+        local.append(_TensorBoard(folder / TENSORBOARD, resume_at))
     return Logs([*local, *remote])
 
 
@@ -160,7 +177,7 @@ class ProgressFile:
             self._columns += new
             self._rewrite(_rows(self._path) if self._path.is_file() else [])
         if self._file is None:
-            self._file = self._path.open("a", newline="")
+            self._file = open_to_append(self._path)
         csv.DictWriter(self._file, self._columns, lineterminator="\n").writerow(measured)
         self._file.flush()
 
@@ -171,14 +188,11 @@ class ProgressFile:
             self._file = None
 
     def _rewrite(self, rows: Iterable[Mapping[str, str]]) -> None:
-        beside = self._path.with_suffix(".part")
-        with beside.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self._columns, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(self._path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self._columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_whole(self._path, text.getvalue())
 
 
 class _TensorBoard:

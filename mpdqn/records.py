@@ -18,6 +18,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Self
 
+from mpdqn.files import open_to_append
+
 PACKAGES = ("mpdqn", "torch", "torchrl", "tensordict", "ale-py", "gymnasium", "numpy")
 
 RECORDS = "records.jsonl"
@@ -90,8 +92,8 @@ class Record:
 
 
 def append_records(path: Path, records: Iterable[Record]) -> None:
-    """Append each record to the JSONL file ``path`` as one line."""
-    with path.open("a") as file:
+    """Append each record to the JSONL file ``path`` as one line; ValueError if ``path`` is not a plain file."""
+    with open_to_append(path) as file:
         for record in records:
             file.write(record.to_json() + "\n")
 

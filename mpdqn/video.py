@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mpdqn.extras import require_extra
+from mpdqn.files import check_plain
 
 FRAMES_PER_SECOND = 15  # 60 of the game, one in 4 of which is shown to the agent
 _HEIGHT = 320  # pixels, about
@@ -43,10 +44,11 @@ def open_video(path: Path, *, frames_per_second: float = FRAMES_PER_SECOND) -> V
     """Start the mp4 ``path``.
 
     Raises:
-        ValueError: if the extra ``video`` is not installed, or the name doesn't end in ``.mp4``.
+        ValueError: if the extra ``video`` is not installed, the name doesn't end in ``.mp4`` or is a link's.
     """
     if path.suffix != ".mp4":
         raise ValueError(f"{path} is no name of an mp4; try {path.with_suffix('.mp4')}")
+    check_plain(path)
     require_extra("video", "a video")  # imageio would miss ffmpeg only at the first frame
     import imageio.v2
 

@@ -17,6 +17,7 @@ PURE = [
     "mpdqn.randomness",
     "mpdqn.scores",
     "mpdqn.extras",
+    "mpdqn.files",
     "mpdqn.schedule",
     "mpdqn.planner",
     "mpdqn.planner.costs",

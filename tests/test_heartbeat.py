@@ -488,6 +488,33 @@ def test_a_beat_is_cut_to_its_size() -> None:
     assert back.action.startswith("äää")
 
 
+class Saying:
+    """A process group from which ``sent`` is received."""
+
+    def __init__(self, sent: bytes) -> None:
+        self._sent = torch.frombuffer(bytearray(sent.ljust(BEAT_BYTES)), dtype=torch.uint8)
+
+    def recv(self, buffers: list[torch.Tensor], rank: int, tag: int) -> None:
+        buffers[0].copy_(self._sent)
+
+
+@pytest.mark.parametrize(
+    ("sent", "why"),
+    [
+        (b"\xff", "UnicodeDecodeError: "),
+        (b"{", "JSONDecodeError: Expecting property name"),
+        (b"[]", "TypeError: "),
+        (b'{"number": 1, "seen": 1, "mood": "good"}', "TypeError: .* unexpected keyword argument 'mood'"),
+    ],
+)
+def test_a_beat_that_cannot_be_read_is_told(sent: bytes, why: str) -> None:
+    """It ended the listening thread, and after a while the peer was called silent."""
+    one, peer = object.__new__(Heartbeat), Peer(rank=1, about={})
+    one._group = Saying(sent)  # type: ignore[assignment]
+    one._listen(peer)
+    assert re.fullmatch(rf"sent a beat that cannot be read \({why}.*\)", peer.gone)
+
+
 @pytest.mark.parametrize(
     ("beside", "excused"),
     [

@@ -25,6 +25,14 @@ def test_an_mp4_that_can_be_read_back(tmp_path: Path) -> None:
     assert [image.mean() for image in read] == [pytest.approx(level, abs=6) for level in (0, 120, 240)]
 
 
+def test_a_name_that_is_a_link(tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("kept")
+    (tmp_path / "episode.mp4").symlink_to(tmp_path / "precious")
+    with pytest.raises(ValueError, match=r"episode\.mp4 is a symbolic link but must be a file of its own; delete the"):
+        open_video(tmp_path / "episode.mp4")
+    assert (tmp_path / "precious").read_text() == "kept"
+
+
 def test_pixels_are_enlarged_not_smoothed() -> None:
     frame = np.array([[[0, 255], [7, 9]]], dtype=np.uint8)
     image = picture(frame)

@@ -25,6 +25,7 @@ from mpdqn.bench.single import random_batch
 from mpdqn.bench.tables import spread, summarize
 from mpdqn.bench.trace import chrome_trace
 from mpdqn.exchange.reduction import Reduction
+from mpdqn.files import write_whole
 from mpdqn.launch import launch
 from mpdqn.learner import Learner, LearnerConfig
 from mpdqn.mesh import Mesh, World
@@ -91,7 +92,7 @@ def measure(turns: Turns) -> tuple[Record, ...]:
     whole = [r for r, rows in have.items() if rows == wanted.keys()]
     if len(whole) < len(have):  # of a round that was broken off, the turns would lie hours apart
         kept = [record for record in kept if record.round in whole]
-        path.write_text("".join(record.to_json() + "\n" for record in kept))
+        write_whole(path, "".join(record.to_json() + "\n" for record in kept))
     missing = [r for r in range(turns.rounds) if r not in whole]
     if missing:
         ranks = max(row.pipeline for row in turns.rows)
@@ -131,7 +132,7 @@ def _run(turns: Turns, rounds: Sequence[int], environment: Environment) -> None:
             if world.rank == 0:
                 measured = _joined(ranks)
                 timelines = {"measured": measured, "simulated": row.simulated_timeline(SHOWN)}
-                turns.trace(row).write_text(chrome_trace(timelines))
+                write_whole(turns.trace(row), chrome_trace(timelines))
                 record = Record(
                     experiment=turns.experiment,
                     row=row.name,

@@ -12,6 +12,7 @@ from torch import nn
 
 from mpdqn.bench.tables import NOTHING, Table
 from mpdqn.evaluate import EVALUATION_EPSILON, Evaluation, Greedy, argmax, evaluate
+from mpdqn.files import check_plain, write_whole
 from mpdqn.mesh import check_device
 from mpdqn.records import RECORDS, Environment, Record, append_records
 from mpdqn.train import load_run
@@ -58,16 +59,18 @@ def evaluate_run(config: EvaluateConfig) -> Table:
 
     Raises:
         mpdqn.train.resume.UntrustedCode: for code that only the folder names, before any of it runs.
-        ValueError: for a folder without a finished run, or a setting out of range.
+        ValueError: for a folder without a finished run, or whose records are a link; or a setting out of range.
     """
     check_device(config.device)
+    check_plain(config.run / RECORDS)
     run = load_run(config.run, network=config.network, env=config.env, trust=config.trust)
     network, env = run.network.to(config.device), run.job.config.env
     played = run_evaluation(config, network, env, greedy=run.job.agent.greedy, device=config.device)
     devices = torch.cuda.get_device_name() if config.device == "cuda" else ""
     table = evaluation_table(played)
-    (config.run / "evaluation.md").write_text(table.markdown())
-    append_records(config.run / RECORDS, evaluation_records(played, Environment.current(devices)))
+    write_whole(config.run / "evaluation.md", table.markdown())
+    records = evaluation_records(played, Environment.current(devices), max_steps=config.max_steps, device=config.device)
+    append_records(config.run / RECORDS, records)
     return table
 
 
@@ -140,15 +143,30 @@ def evaluation_table(evaluations: Sequence[Evaluation]) -> Table:
     )
 
 
-def evaluation_records(evaluations: Sequence[Evaluation], environment: Environment) -> tuple[Record, ...]:
-    """A record of each evaluation, with the returns and lengths of all its episodes."""
+def evaluation_records(
+    evaluations: Sequence[Evaluation], environment: Environment, *, max_steps: int | None, device: str
+) -> tuple[Record, ...]:
+    """A record of each evaluation, with the returns and lengths of all its episodes.
+
+    Args:
+        evaluations: what was played.
+        environment: where.
+        max_steps: agent steps after which an episode was cut short; None for the default.
+        device: where the network was.
+    """
     return tuple(
         Record(
             experiment="evaluate",
             row=f"{e.environment}, ε = {e.epsilon:g}",
             round=0,
             seed=e.seed,
-            settings={"env": e.environment, "epsilon": e.epsilon, "episodes": len(e.returns)},
+            settings={
+                "env": e.environment,
+                "epsilon": e.epsilon,
+                "episodes": len(e.returns),
+                "max_steps": max_steps,
+                "device": device,
+            },
             values={
                 "return_mean": e.mean,
                 "return_iqm": e.iqm,

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from mpdqn.files import write_whole
 from mpdqn.progress_bar import ProgressBar
 from mpdqn.records import RECORDS, Environment, Record, Value, append_records, read_records
 
@@ -116,7 +117,7 @@ def interleave(
     if begun != whole:
         kept = [k for k in kept if k.round in whole]
         others = [r for r in read_records(path) if r.settings.get("workload") != workload]
-        path.write_text("".join(r.to_json() + "\n" for r in (*others, *kept)))
+        write_whole(path, "".join(r.to_json() + "\n" for r in (*others, *kept)))
     turns = [(r, name) for r in range(rounds) if r not in whole for name in contenders]
     for r, name in ProgressBar(turns, desc=workload, unit="turn"):
         record = Record(

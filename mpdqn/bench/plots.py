@@ -19,6 +19,7 @@ from matplotlib.patches import Patch
 from mpdqn.bench.comparison import hardware, heading
 from mpdqn.bench.rows import Row, best_single, ratios, rows_of
 from mpdqn.bench.tables import decimals, summarize
+from mpdqn.files import replacing
 from mpdqn.records import Record
 
 # Okabe & Ito's palette: told apart by colour-blind readers and in grey print.
@@ -76,8 +77,10 @@ def save(figure: Any, stem: Path) -> tuple[Path, Path]:
     """Write ``figure`` as ``stem``.svg and ``stem``.png and return both paths; the same figure gives the same bytes."""
     svg, png = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("svg", "png"))
     with style():
-        figure.savefig(svg, metadata={"Date": None})
-        figure.savefig(png, dpi=200, metadata={"Software": None})
+        with replacing(svg) as file:
+            figure.savefig(file, format="svg", metadata={"Date": None})
+        with replacing(png) as file:
+            figure.savefig(file, format="png", dpi=200, metadata={"Software": None})
     return svg, png
 
 

@@ -16,6 +16,7 @@ from mpdqn.bench.tables import Table
 from mpdqn.bench.trace import read_trace
 from mpdqn.bench.verdict import verdict
 from mpdqn.extras import install_command, missing_packages
+from mpdqn.files import check_own_folder, write_whole
 from mpdqn.records import RECORDS, TRACES, Record, read_records
 
 
@@ -37,12 +38,14 @@ def write_report(folder: Path, records: Iterable[Record]) -> Report:
     Without the extra ``plot`` there are no figures, and a line on stderr says so.
 
     Raises:
-        ValueError: if there are no records of a comparison, one lacks a value, or a trace cannot be read.
+        ValueError: if there are no records of a comparison, one lacks a value, a trace cannot be read, or
+            their folder is a link.
     """
     records = tuple(records)
     report = Report(table=compare_table(records), verdict=verdict(records))
-    (folder / "table.md").write_text(report.markdown(), encoding="utf-8")
-    (folder / "table.tex").write_text(report.table.latex(), encoding="utf-8")
+    check_own_folder(folder / TRACES)
+    write_whole(folder / "table.md", report.markdown())
+    write_whole(folder / "table.tex", report.table.latex())
     if missing := missing_packages("plot"):
         note = f"no plots: they need {missing}; {install_command('plot')}, then mpdqn compare --render-only {folder}"
         print(note, file=sys.stderr)

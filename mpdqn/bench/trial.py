@@ -31,6 +31,7 @@ from mpdqn.bench.measure import RankMeasurement, combine
 from mpdqn.bench.trace import chrome_trace
 from mpdqn.bench.turn import Turn
 from mpdqn.cores import memory_per_rank, pin, reset_peak_memory
+from mpdqn.files import write_whole
 from mpdqn.layouts import Layout
 from mpdqn.learner import Learner
 from mpdqn.mesh import Mesh, World, launched_local_world_size
@@ -119,11 +120,11 @@ class Trials:
                 "config": asdict(self._config),
                 "network": self._job.network_name,
             }
-            (folder / "environment.json").write_text(json.dumps(without_places(about), indent=1, default=str) + "\n")
-            (folder / "profile.json").write_text(self._profile.to_json() + "\n")
+            write_whole(folder / "environment.json", json.dumps(without_places(about), indent=1, default=str) + "\n")
+            write_whole(folder / "profile.json", self._profile.to_json() + "\n")
             (folder / TABLES).mkdir()
             for layout, arranged in self._arranged.items():
-                (folder / TABLES / f"{_file_name(layout)}.csv").write_text(arranged.table.to_csv())
+                write_whole(folder / TABLES / f"{_file_name(layout)}.csv", arranged.table.to_csv())
         reference = self._reference()
         exactness: dict[Layout, dict[str, Value]] = {}
         turns = [(r, layout) for r in range(self._config.rounds) for layout in self._job.layouts]
@@ -258,8 +259,9 @@ class Trials:
             update_s = whole.busy(0, "optimizer") / 2
             (folder / TRACES).mkdir(exist_ok=True)
             simulated = self._arranged[layout].simulated(2, update_s)
-            (folder / TRACES / f"{_file_name(layout)}.json").write_text(
-                chrome_trace({"measured": whole, "simulated": simulated})
+            write_whole(
+                folder / TRACES / f"{_file_name(layout)}.json",
+                chrome_trace({"measured": whole, "simulated": simulated}),
             )
 
     def _make_network(self, stream: int = 0) -> nn.Sequential:

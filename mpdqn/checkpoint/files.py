@@ -12,6 +12,7 @@ from typing import Any, Self
 
 from mpdqn.checkpoint.entries import FileEntry
 from mpdqn.checkpoint.manifest import DamagedCheckpoint
+from mpdqn.files import open_to_read
 
 BLOCK = 1 << 20
 """Bytes at a time: neither hashing nor writing holds Python's lock meanwhile, and after each a writer may rest."""
@@ -59,7 +60,8 @@ class DigestedFile:
         return FileEntry(bytes=self.size, sha256=self._hash.hexdigest())
 
     def __enter__(self) -> Self:
-        self._file: Any = self._path.open("wb")
+        self._path.unlink(missing_ok=True)  # of a draft that was killed, or a link
+        self._file: Any = self._path.open("xb")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -72,15 +74,17 @@ class DigestedFile:
 
 
 def check_file(path: Path, entry: FileEntry) -> None:
-    """Raise DamagedCheckpoint unless the file is as it was written."""
+    """Raise DamagedCheckpoint unless the file is a plain one and as it was written."""
     try:
-        size = path.stat().st_size
-        if size != entry.bytes:
-            raise DamagedCheckpoint(f"{path} is damaged: it has {size} bytes and was written with {entry.bytes}")
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        with open_to_read(path) as file:
+            size = os.fstat(file.fileno()).st_size
+            digest = hashlib.file_digest(file, "sha256").hexdigest() if size == entry.bytes else ""
     except OSError as error:
         raise DamagedCheckpoint(f"{path} cannot be read: {error.strerror or error}") from error
+    except ValueError as error:  # a link, a pipe
+        raise DamagedCheckpoint(str(error)) from error
+    if size != entry.bytes:
+        raise DamagedCheckpoint(f"{path} is damaged: it has {size} bytes and was written with {entry.bytes}")
     if digest != entry.sha256:
         raise DamagedCheckpoint(f"{path} is damaged: its digest is {digest[:12]}, not {entry.sha256[:12]}")
 

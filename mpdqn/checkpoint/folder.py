@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from mpdqn.checkpoint.manifest import DamagedCheckpoint, Manifest, WrongCheckpoint, folder_name
+from mpdqn.files import check_own_folder
 
 CHECKPOINTS = "checkpoints"
 DRAFT = ".draft"
@@ -47,6 +48,19 @@ class CheckpointFolder:
         """Where the frames of shard ``number`` are, if this host has them."""
         return self.rows / f"shard-{number}"
 
+    def make_shard_folder(self, number: int) -> Path:
+        """Make the folder of the frames of shard ``number``; ValueError if a link is in its place."""
+        folder = self.shard_folder(number)
+        self.check_links()
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+    def check_links(self) -> None:
+        """Raise ValueError if a folder in which checkpoints are written or deleted is a symbolic link."""
+        check_own_folder(self.root)
+        for path in (self.rows, *self.rows.glob("shard-*")):
+            check_own_folder(path)
+
     def found(self) -> list[Path]:
         """The folders of all checkpoints, newest first, whole or not."""
         if not self.root.is_dir():
@@ -64,25 +78,29 @@ class CheckpointFolder:
     def remove_drafts(self) -> None:
         """Delete what was being written when a run was killed."""
         for path in self.root.glob(f"*{DRAFT}"):
-            shutil.rmtree(path, ignore_errors=True)
+            _remove(path)
 
     def set_aside(self, folder: Path) -> None:
         """Keep a damaged checkpoint out of the way under another name, instead of the one that was there before."""
         aside = folder.with_name(folder.name + DAMAGED)
-        shutil.rmtree(aside, ignore_errors=True)
+        _remove(aside)
         folder.rename(aside)
 
     def rotate(self, keep: int) -> list[Manifest]:
         """Delete all but the ``keep`` newest checkpoints; the manifests of those that stay."""
         for folder in self.found()[keep:]:
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         return self.manifests()
 
     def remove_unused_rows(self, shards: Iterable[int], used_besides: Mapping[int, Iterable[str]]) -> None:
         """Delete the files of frames of these ``shards`` that no checkpoint has any use for, nor ``used_besides`` says.
 
         Nothing is deleted while a checkpoint cannot be read: it may be a whole one, on a disk that is slow to show it.
+
+        Raises:
+            ValueError: if a folder of frames is a symbolic link: what is behind it is not this run's.
         """
+        self.check_links()
         kept = self.manifests()
         if len(kept) < len(self.found()):
             return
@@ -104,3 +122,11 @@ class CheckpointFolder:
     def remove(self) -> None:
         """Delete everything in the run's folder."""
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder as far as that goes; of a link the link only."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)

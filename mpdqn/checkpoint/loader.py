@@ -189,9 +189,12 @@ def usable_rows(choice: Choice, folder: CheckpointFolder) -> dict[int, tuple[Row
 
 
 def _place(folder: CheckpointFolder, number: int, rows: ShardRows) -> Path | None:
-    """Where the frames of a shard are; None if nowhere that this rank can see, and not by damage."""
+    """Where the frames of a shard are; None if nowhere that this rank can see, and not by damage.
+
+    That is in the run's folder, or in a folder of frames of some ``--replay-dir``, which only the manifest may know.
+    """
     recorded, here = Path(rows.folder), folder.shard_folder(number)
-    if recorded.parent.name == "rows" and recorded.parent.parent.name == folder.root.name:
+    if recorded.parent.name == "rows":
         return folder.root / "rows" / here.name  # in the run's folder, wherever that is now: they belong to it
     for holds in (all, any):  # a folder that has them all goes before one that has some, of another time perhaps
         for place in (here, recorded):

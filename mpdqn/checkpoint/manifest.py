@@ -28,6 +28,7 @@ from mpdqn.checkpoint.entries import (
     check_text,
     printable,
 )
+from mpdqn.files import check_own_folder, open_to_read
 
 FORMAT = 1
 """Raised whenever an older mpdqn could not read, or would misread, what is written."""
@@ -154,8 +155,10 @@ class Manifest:
         """
         path = folder / MANIFEST
         try:
-            text = path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
+            check_own_folder(folder)
+            with open_to_read(path) as file:
+                text = file.read().decode()
+        except (OSError, ValueError) as error:  # a link or a pipe is a ValueError, as is text of another encoding
             raise DamagedCheckpoint(f"{path} cannot be read: {error}") from error
         manifest = cls.from_json(text, str(path))
         if folder.name != folder_name(manifest.round):

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from mpdqn.checkpoint.entries import RowsEntry
 from mpdqn.checkpoint.files import DigestedFile, Pace, check_file
 from mpdqn.checkpoint.manifest import DamagedCheckpoint
+from mpdqn.files import open_to_read
 from mpdqn.replay import Shard
 
 
@@ -99,7 +100,7 @@ def load_rows(folder: Path, rows: Sequence[RowsEntry], shard: Shard) -> None:
                 f"{path} holds {one.entry.bytes} bytes, {one.num_rows} rows of {len(one.first)} environments, but "
                 f"shard {shard.index} has {shard.num_envs} environments and {row_bytes} bytes in a row"
             )
-        with path.open("rb") as file:
+        with open_to_read(path) as file:
             for env, (first, stop) in enumerate(zip(one.first, one.stop, strict=True)):
                 if first > covered[env]:
                     raise DamagedCheckpoint(

@@ -173,8 +173,7 @@ class Saver:
         def write_rows() -> dict[int, ShardRows]:
             where = {}
             for v, new in self._new.items():
-                folder = self._folder.shard_folder(v)
-                folder.mkdir(parents=True, exist_ok=True)
+                folder = self._folder.make_shard_folder(v)
                 written[v] = live[v] + ((new.write(folder / f"{draft.stem}.rows", self._pace),) if len(new) else ())
                 where[v] = ShardRows(host=socket.gethostname(), folder=str(folder.resolve()), files=written[v])
                 sync_folder(folder)

@@ -30,6 +30,7 @@ from torch.futures import Future
 from mpdqn.checkpoint.entries import ITEM_BYTES, FileEntry, ShardRows, TensorEntry
 from mpdqn.checkpoint.files import DigestedFile, Pace, sync_folder
 from mpdqn.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Manifest
+from mpdqn.files import open_to_read
 
 ROWS = "rows of shard "
 """How the result is called that tells of a shard's frames."""
@@ -167,7 +168,7 @@ class RawReader(StorageReader):
         for item in plan.items:
             entry = self._manifest.tensors[item.storage_index.fqn]
             path = self._folder / entry.file
-            with path.open("rb", buffering=0) as file:
+            with open_to_read(path) as file:
                 file.seek(entry.offset)
                 data = torch.empty(entry.bytes, dtype=torch.uint8)
                 view, done = data.numpy().data, 0

@@ -15,8 +15,13 @@ from numpy.typing import NDArray
 from tensordict import MemoryMappedTensor
 from torch import Tensor
 
+from mpdqn.files import PART
+
 FRAMES = "frames.memmap"
 """The file of a shard's folder."""
+
+OWNER = "owner"
+"""Beside it, a file that may be there before it: whose it is, see `mpdqn.train.mapped`."""
 
 
 def frame_rows(shape: Sequence[int], directory: Path | None) -> Tensor:
@@ -51,11 +56,11 @@ def reserve(sizes: Mapping[Path, int]) -> None:
     SIGBUS. Nothing is left behind when an error is raised.
 
     Raises:
-        FileExistsError: if a folder holds anything already.
+        FileExistsError: if a folder holds anything already but its mark.
         OSError: if there is too little space for all of them.
     """
     for folder in sizes:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.exists() and occupied(folder):
             raise FileExistsError(f"{folder} already holds a replay buffer; choose another directory or delete it")
     made: list[Path] = []
     try:
@@ -77,6 +82,11 @@ def reserve(sizes: Mapping[Path, int]) -> None:
         for folder in reversed(made):
             folder.rmdir()
         raise
+
+
+def occupied(folder: Path) -> bool:
+    """Return whether the existing ``folder`` of a shard is no folder, or holds anything but its mark."""
+    return not folder.is_dir() or any(path.name not in (OWNER, OWNER + PART) for path in folder.iterdir())
 
 
 def full(needed: int, free: int, where: Path) -> OSError:

@@ -19,10 +19,11 @@ from mpdqn.layouts import Layout
 from mpdqn.logs import check_logs
 from mpdqn.mesh import launched, launched_local_world_size, launched_world_size
 from mpdqn.records import Environment
-from mpdqn.replay.rows import FRAMES, full
+from mpdqn.replay.rows import FRAMES, full, occupied
 from mpdqn.replay.shard import ring_shape
 from mpdqn.train.config import TrainConfig, TrainJob
-from mpdqn.train.resume import check_resume, recorded_config
+from mpdqn.train.mapped import owner
+from mpdqn.train.resume import check_resume, recorded_config, run_id
 from mpdqn.workload import Workload
 from mpdqn.workload.checks import (
     check_actions,
@@ -183,14 +184,16 @@ def _check_replay_dir(job: TrainJob, folder: Path) -> None:
     spec, config = job.spec, job.config
     check_writable(folder, "--replay-dir")
     own = config.resume is not None and folder == recorded_config(config.resume).replay_dir
-    held = [path for path in folder.glob("shard-*") if not path.is_dir() or any(path.iterdir())]
+    run = None if config.resume is None else run_id(config.resume)
+    # What a killed attempt to go on has mapped there is the run's own, whatever its folder says yet.
+    held = [path for path in folder.glob("shard-*") if occupied(path) and (run is None or owner(path) != run)]
     if held and not own:
         raise ValueError(f"--replay-dir {folder} already holds {held[0].name}; delete it or choose another")
     if launched() and launched_local_world_size() < launched_world_size():  # hosts share it, or have their own
         return
     each = -(-job.settings.capacity // config.num_shards)
     shape = ring_shape(spec.observation_shape, each, config.envs_per_shard, spec.stack, job.settings.n_step)
-    freed = sum(path.stat().st_size for path in folder.glob(f"shard-*/{FRAMES}")) if own else 0
+    freed = sum(path.stat().st_size for path in folder.glob(f"shard-*/{FRAMES}")) if run else 0
     needed, free = config.num_shards * math.prod(shape), shutil.disk_usage(folder).free + freed
     if needed > free:
         raise ValueError(str(full(needed, free, folder)))

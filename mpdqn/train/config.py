@@ -139,13 +139,17 @@ class TrainConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """A checked training run: everything a rank needs."""
+    """A checked training run: everything a rank needs.
+
+    ``replay_dir_named`` says that the user of this run named ``replay_dir``, and not only the folder to resume.
+    """
 
     config: TrainConfig
     workload: Workload
     layout: Layout
     cores: tuple[int, ...]
     environment: Environment
+    replay_dir_named: bool = False
 
     @property
     def settings(self) -> Published:

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import pickle
 import re
 import warnings
@@ -33,6 +32,7 @@ from mpdqn.dqn.acting import ActionValues
 from mpdqn.dqn.agents import Agent
 from mpdqn.dqn.batch import Batch
 from mpdqn.environments import EnvironmentSpec
+from mpdqn.files import replacing, write_whole
 from mpdqn.records import RECORDS, Record, read_records, without_place, without_places
 from mpdqn.train.check import check
 from mpdqn.train.config import TrainConfig, TrainJob
@@ -79,19 +79,8 @@ def write_config(folder: Path, job: TrainJob, plan: dict[str, Any], run: str) ->
         "layout": job.layout.name,
         "plan": plan,
     }
-    _write_whole(folder / CONFIG, json.dumps(about, indent=1, default=str) + "\n")
-    _write_whole(folder / PROVENANCE, json.dumps(asdict(job.environment), indent=1) + "\n")
-
-
-def _write_whole(path: Path, text: str) -> None:
-    """Write a file that a killed run leaves as it was or as it is to be."""
-    draft = path.with_suffix(".part")
-    draft.unlink(missing_ok=True)
-    with draft.open("x") as file:  # a new file: in another user's folder the name might be a link
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    write_whole(folder / CONFIG, json.dumps(about, indent=1, default=str) + "\n")
+    write_whole(folder / PROVENANCE, json.dumps(asdict(job.environment), indent=1) + "\n")
 
 
 def write_record(folder: Path, record: Record) -> None:
@@ -102,16 +91,13 @@ def write_record(folder: Path, record: Record) -> None:
         for r in (read_records(path) if path.exists() else ())
         if (r.experiment, r.values.get("frames")) != (record.experiment, record.values["frames"])
     ]
-    _write_whole(path, "".join(r.to_json() + "\n" for r in (*others, record)))
+    write_whole(path, "".join(r.to_json() + "\n" for r in (*others, record)))
 
 
 def save_weights(folder: Path, weights: dict[str, Tensor]) -> None:
     """Write ``weights.pt``, a plain state_dict."""
-    draft = folder / f"{WEIGHTS}.part"
-    draft.unlink(missing_ok=True)
-    with draft.open("xb") as file:
+    with replacing(folder / WEIGHTS) as file:
         torch.save({name: tensor.contiguous() for name, tensor in weights.items()}, file)
-    draft.replace(folder / WEIGHTS)
 
 
 def save_policy(folder: Path, network: nn.Sequential, agent: Agent, spec: EnvironmentSpec) -> None:
@@ -125,7 +111,8 @@ def save_policy(folder: Path, network: nn.Sequential, agent: Agent, spec: Enviro
     frames = torch.zeros((2, *spec.observation_shape), dtype=torch.uint8)
     try:
         program = torch.export.export(policy, (frames,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
-        torch.export.save(program, folder / POLICY)
+        with replacing(folder / POLICY) as file:
+            torch.export.save(program, file)
     except Exception as error:  # a finished run must not fail for it
         line = " ".join(str(error).split())[:200]
         warnings.warn(
@@ -137,7 +124,8 @@ def save_batches(folder: Path, rank: int, update: int, batches: list[Batch], wei
     """Keep the ``batches`` that led to a loss that is no number, with this rank's weights after them."""
     path = folder / f"failed-update-{update}-rank{rank}.pt"
     kept = [{field.name: getattr(batch, field.name).cpu() for field in fields(batch)} for batch in batches]
-    torch.save({"batches": kept, "weights": {name: t.detach().cpu() for name, t in weights.items()}}, path)
+    with replacing(path) as file:
+        torch.save({"batches": kept, "weights": {name: t.detach().cpu() for name, t in weights.items()}}, file)
     return path
 
 

@@ -4,7 +4,6 @@ rank at a time has the replay of a shard in a ``--replay-dir``.
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import os
 import time
@@ -13,6 +12,7 @@ from types import TracebackType
 from typing import Self
 
 from mpdqn.checkpoint.entries import printable
+from mpdqn.files import open_itself
 
 LOCK = ".lock"
 PATIENCE_S = 1.0
@@ -98,13 +98,8 @@ def check_replay_unused(directory: Path) -> None:
 
 
 def _open(path: Path, flags: int) -> int:
-    """Open the lock file ``path`` itself; ValueError if it is a symbolic link."""
-    try:
-        return os.open(path, flags | os.O_NOFOLLOW, 0o644)
-    except OSError as error:
-        if error.errno != errno.ELOOP:
-            raise
-        raise ValueError(f"{path} is a symbolic link but must be a lock file of its own; delete the link") from error
+    """Open the lock file ``path`` itself; ValueError if it is a symbolic link or no plain file."""
+    return open_itself(path, flags | os.O_NONBLOCK, "lock file")
 
 
 def _taken(descriptor: int, kind: int) -> bool:

@@ -11,8 +11,11 @@ from typing import Any
 from mpdqn.checkpoint.entries import check_text, printable
 from mpdqn.checkpoint.folder import CheckpointFolder
 from mpdqn.environments.own import module_of
+from mpdqn.files import check_plain
+from mpdqn.logs import check_log_files
 from mpdqn.mesh import launched
 from mpdqn.networks import names_code
+from mpdqn.records import RECORDS
 from mpdqn.train.config import TrainConfig
 from mpdqn.train.lock import FolderInUse
 from mpdqn.train.recorded import CONFIG, plain_settings, read_config, recorded_version, strange_and_missing
@@ -107,16 +110,25 @@ def _read(folder: Path) -> dict[str, Any]:
     return about
 
 
+def check_written(folder: Path) -> None:
+    """Raise ValueError if what a run goes on writing in ``folder`` is a link to somewhere else."""
+    check_plain(folder / RECORDS)
+    check_log_files(folder)
+    CheckpointFolder(folder).check_links()
+
+
 def check_resume(config: TrainConfig) -> None:
     """Raise ValueError unless ``config`` goes on with the run in the folder ``config.resume``.
 
     Raises:
         UntrustedCode: if the run's folder names code that ``config`` does not name too.
-        ValueError: if that is no run, is another one, has ended, or is being trained now; with both values.
+        ValueError: if that is no run, is another one, has ended, or is being trained now; with both values. Also if
+            a file or folder of it is a link where the run goes on writing.
     """
     folder = config.resume
     assert folder is not None
     recorded = _recorded(folder)
+    check_written(folder)
     check_code(folder, code_named_by(recorded.network, recorded.env), {"network": config.network, "env": config.env})
     for field in fields(TrainConfig):
         before, asked = getattr(recorded, field.name), getattr(config, field.name)

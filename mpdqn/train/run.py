@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +16,12 @@ from typing import Any
 from mpdqn.allocator import keep_freed_memory
 from mpdqn.launch import launch
 from mpdqn.mesh import World, launched
-from mpdqn.replay.rows import FRAMES
 from mpdqn.train.check import check
 from mpdqn.train.checkpoints import choose_checkpoint
 from mpdqn.train.config import TrainConfig, TrainJob
 from mpdqn.train.folder import new_folder
 from mpdqn.train.lock import FolderInUse, FolderLock, ReplayLock, RunLock, check_replay_unused
+from mpdqn.train.mapped import check_owner, clear, mark
 from mpdqn.train.rank import owned_shards
 from mpdqn.train.resume import recorded_config, run_id, with_trusted_code
 from mpdqn.train.session import Session, TrainResult
@@ -34,7 +34,8 @@ def train(config: TrainConfig | None = None, **settings: Any) -> TrainResult:
     Started by torchrun, every process calls this alike; rank 0 has the result, the others an empty one. With ``resume``
     the run in that folder goes on with its own settings; only those given here are other ones. Code that the folder
     names (``network="my_file.py:make_network"``, ``env="module:Id"``) runs only if it is given here again, or with
-    ``trust=True``.
+    ``trust=True``. Replay that is mapped in a directory which only the folder names is deleted only if it is marked as
+    that run's; see `mpdqn.train.mapped`.
 
     Args:
         config: what to train; DQN on Pong by default.
@@ -58,7 +59,9 @@ def train(config: TrainConfig | None = None, **settings: Any) -> TrainResult:
     directory = config.resolved().replay_dir
     if directory is not None and not launched():  # launched ranks see to it together: one may have its locks already
         check_replay_unused(directory)
-    job = check(config)
+    job = replace(check(config), replay_dir_named="replay_dir" in settings)
+    if config.resume is not None and not launched():
+        check_owner(job, range(job.config.num_shards), run_id(config.resume))
     if launched() or job.num_ranks == 1:
         return train_rank(job)
     results: list[TrainResult] = launch(
@@ -78,8 +81,8 @@ def train_in(world: World, job: TrainJob) -> TrainResult:
     """This rank's part in a run of a world that is open already, and stays so. Collective over its ranks.
 
     Raises:
-        ValueError: also if another process trains in the folder of a run to go on with, or no checkpoint of it is
-            whole; on every rank alike.
+        ValueError: also if another process trains in the folder of a run to go on with, no checkpoint of it is whole,
+            or replay in its ``--replay-dir`` is not its own; on every rank alike.
     """
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
@@ -89,9 +92,11 @@ def train_in(world: World, job: TrainJob) -> TrainResult:
         choice, run = None, uuid.uuid4().hex
         if job.config.resume is not None:
             run = run_id(folder)
+            check_mapped(world, job, run)
             choice = choose_checkpoint(world, job, folder, run)
-            clear_replay(world, job)
+            clear_replay(world, job, run)
         run = world.from_first(run)
+        mark_replay(world, job, run)
         session = Session(world, job, folder, run, stop)
         result = session.run(choice)
         world.barrier()
@@ -112,15 +117,22 @@ def lock_replay(world: World, stack: ExitStack, job: TrainJob) -> None:
     _hold(world, stack, [] if directory is None else [ReplayLock(directory, v) for v in _mapped_shards(world, job)])
 
 
-def clear_replay(world: World, job: TrainJob) -> None:
-    """Delete what the run that is gone on with had mapped to disk; its checkpoints hold the frames. Collective.
+def check_mapped(world: World, job: TrainJob, run: str) -> None:
+    """Raise ValueError, on every rank, if one's shards in ``--replay-dir`` are not those of ``run``. Collective."""
+    _on_every_rank(world, lambda: check_owner(job, _mapped_shards(world, job), run))
+
+
+def clear_replay(world: World, job: TrainJob, run: str) -> None:
+    """Delete what ``run``, which is gone on with, had mapped to disk; its checkpoints hold the frames. Collective.
 
     The shards are locked, so no live run has anything there.
     """
-    if job.config.replay_dir is not None:
-        for number in _mapped_shards(world, job):
-            (job.config.replay_dir / f"shard-{number}" / FRAMES).unlink(missing_ok=True)
-    world.barrier()
+    _on_every_rank(world, lambda: clear(job, _mapped_shards(world, job), run))
+
+
+def mark_replay(world: World, job: TrainJob, run: str) -> None:
+    """Mark this rank's shards in ``--replay-dir`` as those of ``run``, before they have frames. Collective."""
+    _on_every_rank(world, lambda: mark(job, _mapped_shards(world, job), run))
 
 
 def _mapped_shards(world: World, job: TrainJob) -> range:
@@ -130,12 +142,21 @@ def _mapped_shards(world: World, job: TrainJob) -> range:
 
 def _hold(world: World, stack: ExitStack, locks: Sequence[FolderLock]) -> None:
     """Hold this rank's ``locks`` until ``stack`` ends; FolderInUse on every rank if one cannot be had. Collective."""
-    refused = ""
-    try:
+
+    def take() -> None:
         for each in locks:
             stack.enter_context(each)
-    except (ValueError, OSError) as error:  # a link in a lock's place is a ValueError, too
+
+    _on_every_rank(world, take, FolderInUse)  # for a link in a lock's place, too
+
+
+def _on_every_rank(world: World, act: Callable[[], None], kind: type[ValueError] = ValueError) -> None:
+    """Call ``act``; what it refuses on one rank raises ``kind`` on every rank. Collective."""
+    refused = ""
+    try:
+        act()
+    except (ValueError, OSError) as error:
         refused = str(error)
     told = world.to_first(refused)
     if refused := world.from_first(next((text for text in told if text), "")):
-        raise FolderInUse(refused)
+        raise kind(refused)

@@ -13,6 +13,7 @@ from typing import Any, get_type_hints
 
 from mpdqn.checkpoint.entries import printable
 from mpdqn.checkpoint.folder import CheckpointFolder
+from mpdqn.files import write_whole
 from mpdqn.train.lock import in_use
 from mpdqn.train.recorded import check_type
 
@@ -48,11 +49,8 @@ class Status:
 
     def write(self, folder: Path) -> None:
         """Put it in the file of ``folder``, which other programs always find whole."""
-        draft = folder / f"{STATUS}.part"
-        draft.unlink(missing_ok=True)
-        with draft.open("x") as file:  # a new file: in another user's folder the name might be a link
-            file.write(json.dumps(asdict(self), indent=1) + "\n")
-        draft.replace(folder / STATUS)
+        # Not waited for: after a power cut the checkpoints tell how far it was.
+        write_whole(folder / STATUS, json.dumps(asdict(self), indent=1) + "\n", sync=False)
 
 
 def now(**values: Any) -> Status:

@@ -48,8 +48,10 @@ def test_the_table() -> None:
 
 def test_records_hold_every_episode() -> None:
     environment = Environment(commit="", versions={}, hardware="", cores=2, memory_gib=1.0, command="")
-    (record,) = evaluation_records([PONG], environment)
+    (record,) = evaluation_records([PONG], environment, max_steps=30, device="cpu")
     assert Record.from_json(record.to_json()).values["returns"] == list(PONG.returns)
+    played = {"env": "pong", "epsilon": 0.001, "episodes": 4}
+    assert record.settings == played | {"max_steps": 30, "device": "cpu"}, "all that the returns depend on"
 
 
 def test_a_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,12 +65,17 @@ def test_a_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     job = SimpleNamespace(config=SimpleNamespace(env="qbert"), agent=SimpleNamespace(greedy=greedy))
     network = make_network("nature", (4, 84, 84), 6, width=None, seed=0)
     monkeypatch.setattr(module, "load_run", lambda folder, **names: SimpleNamespace(network=network, job=job))
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    (tmp_path / "evaluation.md").symlink_to(precious)  # the folder may be another user's
     table = evaluate_run(EvaluateConfig(run=tmp_path, episodes=1, epsilon=0.9))
+    assert precious.read_text() == "kept"
     assert table.rows[0][:3] == ("qbert", "0.9", "1")
     assert (tmp_path / "evaluation.md").read_text() == table.markdown()
     assert set(asked) == {8}
     (record,) = read_records(tmp_path / RECORDS)
     assert f"{record.values['return_mean']:.1f}" == table.rows[0][3]
+    assert (record.settings["max_steps"], record.settings["device"]) == (None, "cpu")
 
 
 def test_a_run_with_a_video(tmp_path: Path) -> None:

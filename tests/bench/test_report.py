@@ -39,6 +39,21 @@ def test_a_trace_is_drawn_next_to_its_json(tmp_path: Path) -> None:
         write_report(tmp_path, comparison())
 
 
+def test_a_report_follows_no_link(tmp_path: Path) -> None:
+    """The folder to draw in may be another user's."""
+    precious, folder = tmp_path / "precious", tmp_path / "run"
+    precious.write_text("kept")
+    folder.mkdir()
+    for name in FILES:
+        (folder / name).symlink_to(precious)
+    write_report(folder, comparison())
+    assert precious.read_text() == "kept"
+    assert not any((folder / name).is_symlink() for name in FILES)
+    (folder / TRACES).symlink_to(tmp_path)
+    with pytest.raises(ValueError, match=r"traces is a symbolic link but must be a folder of its own; delete the link"):
+        write_report(folder, comparison())
+
+
 def test_the_markdown_holds_table_and_verdict(tmp_path: Path) -> None:
     report = write_report(tmp_path, comparison())
     text = (tmp_path / "table.md").read_text()

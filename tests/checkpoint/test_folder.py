@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
+from mpdqn.checkpoint.entries import FileEntry, RowsEntry, ShardRows
 from mpdqn.checkpoint.files import check_file
 from mpdqn.checkpoint.folder import CheckpointFolder
-from mpdqn.checkpoint.loader import Choice, choose, load_frames
+from mpdqn.checkpoint.loader import Choice, _place, choose, load_frames
 from mpdqn.checkpoint.manifest import Manifest
 from mpdqn.checkpoint.saver import NotSaved, Saved, Saver
 from mpdqn.mesh import World
@@ -37,6 +38,21 @@ def chosen(world: World, folder: CheckpointFolder) -> Choice:
 
 def held(folder: CheckpointFolder) -> dict[Path, bytes]:
     return {path: path.read_bytes() for path in folder.root.rglob("*") if path.is_file()}
+
+
+def test_frames_are_read_in_the_run_or_where_a_replay_dir_was(tmp_path: Path) -> None:
+    """A manifest could name a folder of any place: ``…/rows/shard-0`` was read wherever that was."""
+    folder, empty = CheckpointFolder(tmp_path / "run"), FileEntry(bytes=0, sha256="")
+    files = (RowsEntry(file="1.rows", first=(0,), stop=(0,), entry=empty),)
+    own = folder.root / "rows" / "shard-0"
+    for recorded, place in {
+        tmp_path / "other" / "rows" / "shard-0": own,
+        tmp_path / "moved" / "checkpoints" / "rows" / "shard-0": own,
+        tmp_path / "scratch" / "rows-of-run" / "shard-0": None,
+    }.items():
+        recorded.mkdir(parents=True)
+        (recorded / "1.rows").touch()
+        assert _place(folder, 0, ShardRows(host="here", folder=str(recorded), files=files)) == (place or recorded)
 
 
 def test_wherever_the_disk_is_full_nothing_is_left(alone: World, tmp_path: Path) -> None:

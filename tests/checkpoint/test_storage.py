@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +16,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
+from mpdqn.checkpoint.entries import FileEntry
 from mpdqn.checkpoint.files import check_file
-from mpdqn.checkpoint.manifest import MANIFEST, Manifest, folder_name
+from mpdqn.checkpoint.manifest import MANIFEST, DamagedCheckpoint, Manifest, folder_name
 from mpdqn.checkpoint.storage import RawReader, RawWriter
 from tests.checkpoint.test_manifest import example
 
@@ -55,6 +58,34 @@ def written(root: Path, tensors: dict[str, Tensor]) -> tuple[Path, Manifest]:
     assert writer.written is not None
     assert Manifest.read(folder) == writer.written
     return folder, writer.written
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_a_file_that_is_not_a_plain_one_is_damage(kind: str, tmp_path: Path) -> None:
+    """A pipe has 0 bytes, and whoever opened one that a manifest names with as many waited for ever."""
+    path, empty = tmp_path / "rank-0.bin", FileEntry(bytes=0, sha256=hashlib.sha256().hexdigest())
+    (tmp_path / "elsewhere").touch()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "link":
+        path.symlink_to(tmp_path / "elsewhere")
+    else:
+        path.mkdir()
+    why = "is a symbolic link but must be" if kind == "link" else "is not a plain file but must be"
+    with pytest.raises(DamagedCheckpoint, match=rf"rank-0\.bin {why}"):
+        check_file(path, empty)
+    path.rename(tmp_path / MANIFEST)
+    with pytest.raises(DamagedCheckpoint, match=why):
+        Manifest.read(tmp_path)
+    check_file(tmp_path / "elsewhere", empty)
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_checkpoint_that_is_a_link_is_damage(tmp_path: Path) -> None:
+    folder, _ = written(tmp_path / "made", {"x": torch.ones(1)})
+    (tmp_path / folder.name).symlink_to(folder)
+    with pytest.raises(DamagedCheckpoint, match="is a symbolic link but must be a folder of its own"):
+        Manifest.read(tmp_path / folder.name)
 
 
 @pytest.mark.usefixtures("alone")

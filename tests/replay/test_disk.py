@@ -11,7 +11,7 @@ import torch
 from tensordict import MemoryMappedTensor
 
 from mpdqn.replay import VirtualShards, rows
-from mpdqn.replay.rows import FRAMES, reserve
+from mpdqn.replay.rows import FRAMES, OWNER, reserve
 from tests.replay.test_shards import assert_equal, make
 
 
@@ -33,6 +33,14 @@ def test_a_folder_that_holds_a_buffer_is_refused(tmp_path):
         make((1, 2), directory=tmp_path)
     assert not (tmp_path / "shard-2").exists()
     make((2, 3), directory=tmp_path)  # another process's part
+
+
+def test_a_folder_that_is_only_marked_is_free(tmp_path):
+    (tmp_path / "shard-1").mkdir()
+    for name in (OWNER, f"{OWNER}.part"):
+        (tmp_path / "shard-1" / name).touch()
+    make((1,), directory=tmp_path)
+    assert (tmp_path / "shard-1" / FRAMES).stat().st_size
 
 
 def test_too_large_a_buffer_is_refused_at_once_and_leaves_nothing(tmp_path):

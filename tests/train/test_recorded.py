@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,20 @@ from typing import Any
 import pytest
 import torch
 
+from mpdqn.bench.evaluation import EvaluateConfig, evaluate_run
+from mpdqn.checkpoint.files import DigestedFile
+from mpdqn.checkpoint.folder import CheckpointFolder
 from mpdqn.cli import main
+from mpdqn.files import open_to_append, write_whole
 from mpdqn.layouts import Layout
+from mpdqn.logs import open_logs
+from mpdqn.records import Record, append_records
 from mpdqn.train import load_run, train
-from mpdqn.train.folder import save_weights
+from mpdqn.train.check import check
+from mpdqn.train.folder import save_batches, save_policy, save_weights, write_config, write_record
 from mpdqn.train.resume import recorded_config
 from mpdqn.train.status import RUNNING, STOPPED, describe, now
+from tests.train.settings import small
 
 ESC = "\x1b[31mEVIL"
 
@@ -147,12 +156,124 @@ def test_a_name_with_a_wide_blank_is_a_name(folder: Path) -> None:
     assert recorded_config(folder).replay_dir == Path("/data/my\u3000runs")
 
 
+WRITTEN_WHOLE = (
+    *("config.json", "environment.json", "status.json", "weights.pt", "policy.pt2", "evaluation.md"),
+    "failed-update-3-rank0.pt",
+)
+"""Every file of a run's folder that is written at once: a link in its place is replaced."""
+
+APPENDED = ("records.jsonl", "progress.csv")
+"""Every file that lines are added to: a link in its place is refused."""
+
+
 def test_what_a_run_writes_into_its_folder_follows_no_link(folder: Path, tmp_path: Path) -> None:
+    """Each writer by itself, with links in the places of its file and of the file under way."""
     precious = tmp_path / "precious"
     precious.write_text("kept")
-    for name in ("status.json.part", "weights.pt.part", "weights.pt"):
-        (folder / name).symlink_to(precious)
+    job = check(recorded_config(folder))
+    for name in WRITTEN_WHOLE:
+        for place in (folder / name, folder / f"{name}.part"):
+            place.unlink(missing_ok=True)
+            place.symlink_to(precious)
+    for name in APPENDED:
+        (folder / f"{name}.part").symlink_to(precious)
+    write_config(folder, job, {}, "1")
     now(state=RUNNING, frames=0, total_frames=1, updates=0, layout="single@1").write(folder)
     save_weights(folder, {"w": torch.ones(1)})
+    save_policy(folder, job.make_network(), job.agent, job.spec)
+    save_batches(folder, 0, 3, [], {"w": torch.ones(1)})
+    write_whole(folder / "evaluation.md", "")
+    record = Record(
+        experiment="train", row="", round=0, seed=0, settings={}, values={"frames": 1}, environment=job.environment
+    )
+    write_record(folder, record)
+    append_records(folder / "records.jsonl", [record])
+    with open_logs(folder, config={}) as logs:
+        logs.write(1, {"loss": 1.0})
+        logs.write(2, {"loss": 1.0, "new": 2.0})
+    checkpoint = CheckpointFolder(folder)
+    for path in (folder / "rank-0.bin", checkpoint.make_shard_folder(0) / "000000000001.rows"):
+        path.symlink_to(precious)
+        with DigestedFile(path) as file:
+            file.write(memoryview(b"mine"))
+        assert path.read_bytes() == b"mine"
     assert precious.read_text() == "kept"
+    assert [path for path in folder.rglob("*") if path.is_symlink()] == []
+    assert not list(folder.rglob("*.part"))
+    assert {*WRITTEN_WHOLE, *APPENDED} <= {path.name for path in folder.iterdir()}
     assert torch.equal(torch.load(folder / "weights.pt", weights_only=True)["w"], torch.ones(1))
+
+
+def test_no_file_of_a_run_is_forgotten_above(tmp_path: Path) -> None:
+    result = train(small(tmp_path, frames=800, checkpoint_at_end=True))
+    evaluate_run(EvaluateConfig(run=result.folder, episodes=1, epsilon=0.0, max_steps=2))
+    written = {path.name for path in result.folder.iterdir()}
+    assert written <= {*WRITTEN_WHOLE, *APPENDED, ".lock", "checkpoints", "tensorboard"}
+
+
+@pytest.mark.parametrize("name", APPENDED)
+def test_lines_are_added_to_a_plain_file_only(name: str, folder: Path, tmp_path: Path) -> None:
+    """Before anything else is done: a run's record came at its very end."""
+    precious = tmp_path / "precious"
+    precious.write_text("frames,loss\n")
+    (folder / name).symlink_to(precious)
+    message = f"{folder / name} is a symbolic link but must be a file of its own; delete the link"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train(resume=folder)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        open_to_append(folder / name)
+    (folder / name).unlink()
+    os.mkfifo(folder / name)  # opening it would wait for a reader
+    with pytest.raises(ValueError, match=re.escape(f"{folder / name} is not a plain file but must be a file")):
+        train(resume=folder)
+    with pytest.raises(ValueError, match="is not a plain file"):
+        open_to_append(folder / name)
+    assert precious.read_text() == "frames,loss\n"
+    assert sorted(path.name for path in folder.iterdir()) == sorted(["config.json", name])
+
+
+def test_an_evaluation_adds_to_a_plain_file_only(folder: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("kept")
+    (folder / "records.jsonl").symlink_to(precious)
+    with pytest.raises(ValueError, match=r"records\.jsonl is a symbolic link but must be a file of its own"):
+        evaluate_run(EvaluateConfig(run=folder))
+    assert precious.read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoints", "checkpoints/rows", "checkpoints/rows/shard-0", "tensorboard", "wandb"]
+)
+def test_a_folder_of_a_run_is_no_link(name: str, folder: Path, tmp_path: Path) -> None:
+    """Frames that no checkpoint uses are deleted: behind a link those were another's files."""
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "precious").write_text("kept")
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).symlink_to(other)
+    message = f"{folder / name} is a symbolic link but must be a folder of its own; delete the link"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        train(resume=folder)
+    if name.startswith("checkpoints"):
+        for write in (lambda: CheckpointFolder(folder).remove_unused_rows([0], {}), lambda: make(folder)):
+            with pytest.raises(ValueError, match=re.escape(message)):
+                write()
+    assert [path.name for path in other.iterdir()] == ["precious"]
+
+
+def make(folder: Path) -> None:
+    CheckpointFolder(folder).make_shard_folder(0)
+
+
+def test_a_draft_that_is_a_link_is_deleted_and_not_what_it_points_to(folder: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "precious").write_text("kept")
+    checkpoints = CheckpointFolder(folder)
+    checkpoints.root.mkdir()
+    checkpoints.draft(1).symlink_to(other)
+    checkpoints.folder(1).symlink_to(other)
+    checkpoints.remove_drafts()
+    assert checkpoints.rotate(0) == []
+    assert list(checkpoints.root.iterdir()) == []
+    assert (other / "precious").read_text() == "kept"

@@ -16,16 +16,19 @@ import pytest
 
 from mpdqn.checkpoint.folder import CheckpointFolder
 from mpdqn.checkpoint.manifest import DamagedCheckpoint, WrongCheckpoint, _digest
+from mpdqn.cli import main
 from mpdqn.mesh import World
-from mpdqn.replay.rows import FRAMES
+from mpdqn.replay.rows import FRAMES, OWNER
 from mpdqn.train import TrainConfig, TrainResult, session, train
 from mpdqn.train import run as running
 from mpdqn.train.check import check
+from mpdqn.train.config import TrainJob
 from mpdqn.train.lock import FolderInUse, RunLock, in_use
 from mpdqn.train.resume import recorded_config, run_id
 from mpdqn.train.run import train_in
 from mpdqn.train.status import describe, read_status
 from mpdqn.train.stop import StopSignal
+from tests.distributed import run_ranks
 from tests.train.settings import small
 from tests.train.stopping import train_for
 
@@ -174,6 +177,98 @@ def test_replay_that_a_live_run_has_mapped_is_left_alone(tmp_path: Path, monkeyp
         assert "\n" not in text
     assert read_status(second.folder).state == "stopped"
     assert read_status(first).state == "stopped"
+
+
+def frames_in(scratch: Path) -> dict[Path, int]:
+    """The mapped files of all shards; a new file has another inode."""
+    return {path: path.stat().st_ino for path in scratch.glob(f"shard-*/{FRAMES}")}
+
+
+def test_replay_of_a_stopped_run_is_left_to_it(tmp_path: Path) -> None:
+    """No lock tells of it. A folder that names its --replay-dir, such as a foreign one, had its frames deleted."""
+    scratch = tmp_path / "scratch"
+    foreign = stop_a_run(tmp_path / "foreign", replay_dir=tmp_path / "elsewhere")
+    mine = stop_a_run(tmp_path / "mine", replay_dir=scratch)
+    about = json.loads((foreign / "config.json").read_text())
+    about["config"]["replay_dir"] = str(scratch)
+    (foreign / "config.json").write_text(json.dumps(about))
+    before, theirs, own = frames_in(scratch), run_id(foreign)[:8], run_id(mine)[:8]
+    message = f"{scratch / 'shard-0'} holds replay of run {own} but {foreign} holds run {theirs}; give another"
+    refused(foreign, message)
+    refused(foreign, message, replay_dir=scratch)  # not with the user's word either
+    assert frames_in(scratch) == before
+    assert len(before) == 4
+    assert train(resume=mine).rows[-1]["frames"] == 1_600
+
+
+def test_replay_without_a_mark(tmp_path: Path) -> None:
+    """Of the version before, or another tool's: only the user knows."""
+    scratch = tmp_path / "scratch"
+    folder = stop_a_run(tmp_path / "runs", replay_dir=scratch)
+    for path in scratch.glob(f"shard-*/{OWNER}"):
+        path.unlink()
+    before, run = frames_in(scratch), run_id(folder)[:8]
+    frames = scratch / "shard-0" / FRAMES
+    refused(
+        folder,
+        f"{frames} has no mark of a run, and would be deleted to go on with run {run}; if it is that run's, give "
+        f"--replay-dir {scratch} again, else another --replay-dir",
+    )
+    assert frames_in(scratch) == before
+    assert main(["train", "--resume", str(folder)]) == 2  # its default of --replay-dir is the folder's word
+    assert frames_in(scratch) == before
+    assert main(["train", "--resume", str(folder), f"--replay-dir={scratch}"]) == 0
+    assert read_status(folder).state == "finished"
+    assert {path.read_text() for path in scratch.glob(f"shard-*/{OWNER}")} == {f"{run_id(folder)}\n"}
+
+
+def test_a_mark_that_is_a_link(tmp_path: Path) -> None:
+    scratch = tmp_path / "scratch"
+    folder = stop_a_run(tmp_path / "runs", replay_dir=scratch)
+    (scratch / "shard-1" / OWNER).rename(tmp_path / "mark")
+    (scratch / "shard-1" / OWNER).symlink_to(tmp_path / "mark")
+    before = frames_in(scratch)
+    refused(folder, f"{scratch / 'shard-1' / OWNER} is a symbolic link but must be a file of its own")
+    assert frames_in(scratch) == before
+
+
+def test_every_rank_refuses_replay_of_another_run(tmp_path: Path) -> None:
+    """Shard 3 is the second rank's; the first deleted its own, and then waited for the second."""
+    scratch = tmp_path / "scratch"
+    folder = stop_a_run(tmp_path / "runs", replay_dir=scratch)
+    (scratch / "shard-3" / OWNER).write_text("another\n")
+    before = frames_in(scratch)
+    job = check(replace(recorded_config(folder), layout="dp2"))
+    told = run_ranks(refusal, job, num_ranks=2)
+    assert told[0] == told[1]
+    assert told[0].startswith(f"{scratch / 'shard-3'} holds replay of run another but {folder} holds run ")
+    assert frames_in(scratch) == before
+
+
+def refusal(job: TrainJob) -> str:
+    """What a rank is told that goes on with ``job``."""
+    with World.open("cpu", 60) as world, pytest.raises(ValueError, match="holds replay of run") as caught:
+        train_in(world, job)
+    return str(caught.value)
+
+
+def test_replay_of_a_run_that_was_killed_while_it_was_mapped(tmp_path: Path, whole: TrainResult) -> None:
+    """At each moment: a folder without a mark, a mark half written, a mark without frames, and frames."""
+    scratch = tmp_path / "scratch"
+    folder = stop_a_run(tmp_path / "runs", replay_dir=scratch)
+    for number in range(3):
+        (scratch / f"shard-{number}" / FRAMES).unlink()
+    for number in range(2):
+        (scratch / f"shard-{number}" / OWNER).unlink()
+    (scratch / "shard-1" / f"{OWNER}.part").touch()
+    assert train(resume=folder).episodes == whole.episodes
+
+
+def test_an_attempt_to_go_on_elsewhere_that_was_killed_is_tried_again(tmp_path: Path, whole: TrainResult) -> None:
+    """It had mapped its replay there, and its folder did not say so yet."""
+    folder = stop_a_run(tmp_path / "runs", replay_dir=tmp_path / "one")
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    assert train(resume=folder, replay_dir=tmp_path / "two").episodes == whole.episodes
 
 
 def test_a_run_that_has_ended(tmp_path: Path) -> None:
