@@ -17,7 +17,7 @@ from types import TracebackType
 
 from mpdqn.failures import GRACE_S
 
-LOOK_S = 1.0
+LOOK_S = 2.0
 """Seconds between two looks at the states of the workers."""
 
 PEERS_FIRST_S = 5.0

@@ -58,7 +58,7 @@ def open_to_read(path: Path) -> io.BufferedReader:
 
 def check_plain(path: Path) -> None:
     """Raise ValueError if ``path`` is there and is not a plain file: a link, a pipe, a device or a folder."""
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
         os.close(open_itself(path, os.O_RDONLY | os.O_NONBLOCK))
 
 

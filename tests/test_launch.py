@@ -459,14 +459,14 @@ def test_a_rank_that_died_before_the_world_was_open_is_restarted_by_torchrun(tmp
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
         "from mpdqn import rendezvous\n"
         "from mpdqn.mesh import World\n"
-        "call_roll = rendezvous._call_roll\n"
+        "meet = rendezvous._meet\n"
         "def tell(*arguments):\n"
         "    open(opened, 'w').close()\n"
-        "    call_roll(*arguments)\n"
-        "rendezvous._call_roll = tell\n"
+        "    return meet(*arguments)\n"
+        "rendezvous._meet = tell\n"
         "with World.open(timeout_s=20) as world:\n"
         "    world.barrier()\n"
-        "    print('rank', world.rank, flush=True)\n"
+        "    os.write(1, f'rank {world.rank}\\n'.encode())\n"
     )
     torchrun = Path(sys.executable).with_name("torchrun")
     done = subprocess.run(

@@ -6,12 +6,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import HashStore
 
+from mpdqn import rendezvous
 from mpdqn.failures import PeerLost
 from mpdqn.mesh import LABELS, TD_ERRORS, Mesh, World, check_device, check_world_size
 from mpdqn.message import Message
@@ -222,3 +225,20 @@ def test_cuda_without_a_device_is_one_clear_error():
         check_device("cuda")
     with pytest.raises(ValueError, match=complaint):
         World.open(device="cuda")
+
+
+def test_ranks_meet_in_a_store_that_holds_what_dead_ones_left():
+    """After a restart on several hosts; who was there before has asked, and was told of, another world."""
+    store = HashStore()
+    for left in ("hello-1", "hello-2", "opened-1", "world-1/here/1"):
+        store.set(f"mpdqn/{left}", "dead")
+    for _ in range(2):  # and the same processes once more
+        with ThreadPoolExecutor(3) as ranks:
+            worlds = list(ranks.map(lambda rank: rendezvous._meet(store, rank, 3, 20.0), range(3)))
+        worlds[1].set("number", "7")
+        assert [world.get("number") for world in worlds] == [b"7"] * 3
+        worlds[0].delete_key("number")
+    with pytest.raises(PeerLost, match=r"rank 0 waited 0.2 s \(--timeout\) for rank 1, 2 of 3 to start"):
+        rendezvous._meet(store, 0, 3, 0.2)
+    with pytest.raises(PeerLost, match=r"rank 1 waited 0.2 s \(--timeout\) for rank 0 of 3 to start"):
+        rendezvous._meet(store, 1, 3, 0.2)

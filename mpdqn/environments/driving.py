@@ -87,7 +87,7 @@ class Race(gymnasium.Wrapper):  # type: ignore[misc]
             return super().step(action)
 
     def close(self) -> None:
-        """Free what it draws on, which ends pygame for the whole process: not while another thread draws."""
+        """Free what it draws on, not while another thread draws."""
         with PROCESS:
             super().close()
 

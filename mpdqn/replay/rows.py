@@ -53,7 +53,7 @@ def reserve(sizes: Mapping[Path, int]) -> None:
     """Make each folder of ``sizes`` and in it a file `FRAMES` of so many bytes, whose blocks are really its own.
 
     A sparse file would do as well until the disk is full: then the next write to the mapping kills the process with
-    SIGBUS. Nothing is left behind when an error is raised.
+    SIGBUS. Nothing but a mark is left behind when an error is raised.
 
     Raises:
         FileExistsError: if a folder holds anything already but its mark.

@@ -186,8 +186,9 @@ def _check_replay_dir(job: TrainJob, folder: Path) -> None:
     own = config.resume is not None and folder == recorded_config(config.resume).replay_dir
     run = None if config.resume is None else run_id(config.resume)
     # What a killed attempt to go on has mapped there is the run's own, whatever its folder says yet.
-    held = [path for path in folder.glob("shard-*") if occupied(path) and (run is None or owner(path) != run)]
-    if held and not own:
+    shards = () if own else folder.glob("shard-*")
+    held = [path for path in shards if occupied(path) and (run is None or owner(path) != run)]
+    if held:
         raise ValueError(f"--replay-dir {folder} already holds {held[0].name}; delete it or choose another")
     if launched() and launched_local_world_size() < launched_world_size():  # hosts share it, or have their own
         return

@@ -7,12 +7,13 @@ shard-0/frames.memmap    deleted by the run that the mark names, and by no other
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
 from mpdqn.checkpoint.entries import printable
-from mpdqn.files import open_itself, write_whole
-from mpdqn.replay.rows import FRAMES, OWNER
+from mpdqn.files import check_own_folder, open_itself, write_whole
+from mpdqn.replay.rows import FRAMES, OWNER, occupied
 from mpdqn.train.config import TrainJob
 
 
@@ -20,17 +21,25 @@ def owner(folder: Path) -> str:
     """Return the id of the run that has marked the shard's ``folder``; empty if none has."""
     try:
         descriptor = open_itself(folder / OWNER, os.O_RDONLY | os.O_NONBLOCK)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return ""
     with os.fdopen(descriptor, errors="replace") as file:
         return printable(file.read(100).strip())
 
 
 def mark(job: TrainJob, shards: Iterable[int], run: str) -> None:
-    """Mark the folders of ``shards``, which are made, as those of ``run``; not one that has frames already."""
+    """Mark the folders of ``shards``, which are made, as those of ``run``, before there are frames in them.
+
+    Raises:
+        ValueError: if a folder is a link, or holds anything else.
+    """
     for folder in _folders(job, shards):
+        check_own_folder(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        if not _has_frames(folder):
+        marked = owner(folder)
+        if marked != run and (occupied(folder) or not re.fullmatch("|[0-9a-f]{32}", marked)):
+            raise ValueError(f"{folder} already holds something else; give another --replay-dir or delete it")
+        if marked != run:
             write_whole(folder / OWNER, f"{run}\n")
 
 
@@ -41,6 +50,7 @@ def check_owner(job: TrainJob, shards: Iterable[int], run: str) -> None:
     """
     directory = job.config.replay_dir
     for folder in _folders(job, shards):
+        check_own_folder(folder)
         if not _has_frames(folder) or (marked := owner(folder)) == run:
             continue
         if marked:

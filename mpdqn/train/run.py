@@ -35,7 +35,7 @@ def train(config: TrainConfig | None = None, **settings: Any) -> TrainResult:
     the run in that folder goes on with its own settings; only those given here are other ones. Code that the folder
     names (``network="my_file.py:make_network"``, ``env="module:Id"``) runs only if it is given here again, or with
     ``trust=True``. Replay that is mapped in a directory which only the folder names is deleted only if it is marked as
-    that run's; see `mpdqn.train.mapped`.
+    that run's, or ``replay_dir`` is given here again, beside ``config`` (`mpdqn.train.mapped`).
 
     Args:
         config: what to train; DQN on Pong by default.

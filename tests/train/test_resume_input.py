@@ -19,7 +19,7 @@ from mpdqn.checkpoint.manifest import DamagedCheckpoint, WrongCheckpoint, _diges
 from mpdqn.cli import main
 from mpdqn.mesh import World
 from mpdqn.replay.rows import FRAMES, OWNER
-from mpdqn.train import TrainConfig, TrainResult, session, train
+from mpdqn.train import TrainConfig, TrainResult, mapped, session, train
 from mpdqn.train import run as running
 from mpdqn.train.check import check
 from mpdqn.train.config import TrainJob
@@ -230,6 +230,28 @@ def test_a_mark_that_is_a_link(tmp_path: Path) -> None:
     before = frames_in(scratch)
     refused(folder, f"{scratch / 'shard-1' / OWNER} is a symbolic link but must be a file of its own")
     assert frames_in(scratch) == before
+
+
+def test_a_mark_is_written_over_nothing_else(tmp_path: Path) -> None:
+    """Neither through a link in the place of a shard's folder, nor over a file that only has its name."""
+    job = check(small(tmp_path / "runs", replay_dir=tmp_path / "scratch", num_shards=1))
+    shard, precious = tmp_path / "scratch" / "shard-0", tmp_path / "elsewhere" / OWNER
+    precious.parent.mkdir()
+    precious.write_text("precious")
+    shard.symlink_to(precious.parent)
+    with pytest.raises(ValueError, match="shard-0 is a symbolic link but must be a folder"):
+        mapped.mark(job, [0], "0" * 32)
+    shard.unlink()
+    shutil.copytree(precious.parent, shard)
+    with pytest.raises(ValueError, match="shard-0 already holds something else"):
+        mapped.mark(job, [0], "0" * 32)
+    assert precious.read_text() == (shard / OWNER).read_text() == "precious"
+    (shard / OWNER).write_text("1" * 32)  # of a run that never had frames there
+    mapped.mark(job, [0], "0" * 32)
+    assert mapped.owner(shard) == "0" * 32
+    (shard / FRAMES).write_text("frames")
+    with pytest.raises(ValueError, match="shard-0 already holds something else"):
+        mapped.mark(job, [0], "2" * 32)
 
 
 def test_every_rank_refuses_replay_of_another_run(tmp_path: Path) -> None:
