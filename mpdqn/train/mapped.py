@@ -34,12 +34,9 @@ def mark(job: TrainJob, shards: Iterable[int], run: str) -> None:
         ValueError: if a folder is a link, or holds anything else.
     """
     for folder in _folders(job, shards):
-        check_own_folder(folder)
+        _check_nothing_else(folder, run)
         folder.mkdir(parents=True, exist_ok=True)
-        marked = owner(folder)
-        if marked != run and (occupied(folder) or not re.fullmatch("|[0-9a-f]{32}", marked)):
-            raise ValueError(f"{folder} already holds something else; give another --replay-dir or delete it")
-        if marked != run:
+        if owner(folder) != run:
             write_whole(folder / OWNER, f"{run}\n")
 
 
@@ -51,7 +48,10 @@ def check_owner(job: TrainJob, shards: Iterable[int], run: str) -> None:
     directory = job.config.replay_dir
     for folder in _folders(job, shards):
         check_own_folder(folder)
-        if not _has_frames(folder) or (marked := owner(folder)) == run:
+        if not _has_frames(folder):
+            _check_nothing_else(folder, run)
+            continue
+        if (marked := owner(folder)) == run:
             continue
         if marked:
             raise ValueError(
@@ -71,6 +71,16 @@ def clear(job: TrainJob, shards: Iterable[int], run: str) -> None:
     check_owner(job, shards, run)
     for folder in _folders(job, shards):
         (folder / FRAMES).unlink(missing_ok=True)
+
+
+def _check_nothing_else(folder: Path, run: str) -> None:
+    """Raise ValueError unless a shard's ``folder`` is missing, holds at most a mark, or is that of ``run``."""
+    check_own_folder(folder)
+    marked = owner(folder)
+    if marked == run or not os.path.lexists(folder):
+        return
+    if occupied(folder) or not re.fullmatch("|[0-9a-f]{32}", marked):
+        raise ValueError(f"{folder} already holds something else; give another --replay-dir or delete it")
 
 
 def _folders(job: TrainJob, shards: Iterable[int]) -> list[Path]:

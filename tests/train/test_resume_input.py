@@ -246,6 +246,14 @@ def test_a_mark_is_written_over_nothing_else(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="shard-0 already holds something else"):
         mapped.mark(job, [0], "0" * 32)
     assert precious.read_text() == (shard / OWNER).read_text() == "precious"
+    (shard.parent / "shard-1").write_text("no folder")
+    (shard / OWNER).write_text("0" * 32)
+    (shard / FRAMES).write_text("frames")
+    two = replace(job, config=replace(job.config, num_shards=2))
+    with pytest.raises(ValueError, match="shard-1 already holds something else"):
+        mapped.clear(two, [0, 1], "0" * 32)
+    assert (shard / FRAMES).read_text() == "frames"
+    (shard / FRAMES).unlink()
     (shard / OWNER).write_text("1" * 32)  # of a run that never had frames there
     mapped.mark(job, [0], "0" * 32)
     assert mapped.owner(shard) == "0" * 32
