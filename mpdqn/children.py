@@ -25,7 +25,7 @@ PEERS_FIRST_S = 5.0
 
 
 def end_with(parent: int) -> None:
-    """Have the kernel end this process when ``parent`` ends, even by SIGKILL, which leaves it no time to see to us."""
+    """Make the kernel kill this process when ``parent`` ends, even if that is killed and can end nothing itself."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it ended before we asked
@@ -97,7 +97,7 @@ def workers_of(parent: int, marked: bytes) -> list[int]:
 
 
 def mark(run_id: str) -> bytes:
-    """What tells a process of the run, and all that it started, in their environment."""
+    """Return the entry of the environment by which a process of the run, and all that it started, are known."""
     return f"TORCHELASTIC_RUN_ID={run_id}".encode()
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO
 
 PART = ".part"
-"""What the name of a file under way ends with."""
+"""Suffix of a file that is being written."""
 
 
 @contextlib.contextmanager
