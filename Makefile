@@ -1,6 +1,6 @@
 # make compare   sets up and runs the main job        make test       sets up and passes the tests
-# make test-all  the tests with the whole transparency matrix (hours on 2 cores)
-# make test-oldest  the transparency suite on the oldest torch of the stated range, in .venv-oldest
+# make test-all  the tests, then the whole transparency matrix (hours on 2 cores); stopped, it goes on where it was
+# make test-oldest  the transparency suite on the oldest torch of the stated range, in .venv-oldest; likewise
 # Flags for the main job: make compare ARGS="--network impala --width 2"
 
 PYTHON ?= python3
@@ -14,13 +14,14 @@ compare: $(READY)
 	$(BIN)/mpdqn compare $(ARGS)
 
 test: checks
-	$(BIN)/pytest -q -m "not matrix"
+	$(BIN)/pytest -q --durations 20 -m "not matrix"
 
-test-all: checks
-	$(BIN)/pytest -q
+test-all: test
+	$(BIN)/pytest -q -m matrix --passed results/test-all.jsonl
 
 test-oldest: .venv-oldest/.tested-set
-	.venv-oldest/bin/pytest -q -m "not matrix" tests/test_transparency.py tests/test_teeth.py tests/pipeline tests/schedule
+	.venv-oldest/bin/pytest -q -m "not matrix" --passed results/test-oldest.jsonl \
+	  tests/test_transparency.py tests/test_teeth.py tests/pipeline tests/schedule
 
 checks: $(READY)
 	$(BIN)/ruff format --check .

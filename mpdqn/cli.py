@@ -11,11 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import tyro
-
 from mpdqn.failures import GRACE_S, PeerLost
-from mpdqn.launch import WorkerError
-from mpdqn.mesh import launched_rank, launched_world_size
+from mpdqn.launched import launched_rank, launched_world_size
 
 Config = TypeVar("Config")
 
@@ -44,6 +41,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"mpdqn: unknown command {command!r}\n{USAGE}", end="", file=sys.stderr)
         return 2
+    from mpdqn.launch import WorkerError
+
     try:
         return COMMANDS[command](rest) or 0
     except (ValueError, OSError, WorkerError, ArithmeticError) as error:
@@ -65,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _print_failure(command: str, error: BaseException) -> None:
     """Print what there is to read of ``error``, such as a rank's traceback, and last the one line that says why."""
+    from mpdqn.launch import WorkerError
+
     notes = getattr(error, "__notes__", ())
     if isinstance(error, WorkerError):  # a progress bar may stand unfinished on the line
         print(file=sys.stderr)
@@ -75,7 +76,7 @@ def _print_failure(command: str, error: BaseException) -> None:
     print(f"mpdqn {command}: {line}", file=sys.stderr, flush=True)
 
 
-# Each command loads its own part of the package only: `mpdqn curves` needs no environments.
+# Each command loads its own part of the package only: `mpdqn curves` needs no environments, `mpdqn --help` no torch.
 
 
 def _compare(flags: list[str]) -> None:
@@ -137,6 +138,8 @@ def _curves(flags: list[str]) -> None:
 
 
 def _parse(config: type[Config], command: str, flags: list[str], default: Config | None = None) -> Config:
+    import tyro
+
     options = (tyro.conf.FlagCreatePairsOff,)
     if default is not None:
         return tyro.cli(config, prog=f"mpdqn {command}", args=flags, default=default, config=options)

@@ -37,7 +37,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from mpdqn.children import StoppedWatch, end_remaining, end_with, mark, workers_of
 from mpdqn.failures import GRACE_S, POOL_FOLDER, Failure
 from mpdqn.heartbeat import LISTENER
-from mpdqn.mesh import launched_local_world_size, launched_rank
+from mpdqn.launched import launched_local_world_size, launched_rank
 
 SAME_SIGNAL_S = 5.0
 """A second signal within so many seconds is the same one: schedulers send it to all processes, parents hand it on."""

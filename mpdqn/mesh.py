@@ -32,6 +32,7 @@ from torch import Tensor
 from mpdqn.beat import Activity
 from mpdqn.failures import POOL_FOLDER, PeerLost, first_line, tells_of_lost_peer
 from mpdqn.heartbeat import NO_LIMIT, Heartbeat
+from mpdqn.launched import launched_local_world_size, launched_rank, launched_world_size
 from mpdqn.message import Message
 from mpdqn.plan import Plan
 from mpdqn.rendezvous import attempt, join
@@ -40,26 +41,6 @@ T = TypeVar("T")
 
 LABELS = "labels"
 TD_ERRORS = "td_errors"
-
-
-def launched() -> bool:
-    """Whether a launcher (torchrun, or mpdqn's own pool) started this process as one of several."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
-
-
-def launched_rank() -> int:
-    """This process's rank as the launcher gave it; 0 without a launcher."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def launched_world_size() -> int:
-    """The number of processes that the launcher started; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def launched_local_world_size() -> int:
-    """The number of those processes on this host."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", launched_world_size()))
 
 
 def check_device(device: str) -> None:

@@ -8,6 +8,9 @@ import pytest
 import torch
 
 from mpdqn.mesh import World
+from tests.passed import pytest_addoption, pytest_configure
+
+__all__ = ["pytest_addoption", "pytest_configure"]
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ PURE = [
     "mpdqn.randomness",
     "mpdqn.scores",
     "mpdqn.extras",
+    "mpdqn.launched",
     "mpdqn.files",
     "mpdqn.schedule",
     "mpdqn.planner",

@@ -87,7 +87,11 @@ TRAINING = {
     "drawing": (BatchQueue, "batches", "drawing the batch of update"),
     "learning": (Pipeline, "_forward", r"computing \d[TDF]\d"),
     "evaluating": (session, "evaluate", "evaluating"),
-    "checkpointing": (saver, "save", "starting a checkpoint|playing|waiting|learning|computing|finishing|writing"),
+    "checkpointing": (
+        saver,
+        "save",
+        "starting a checkpoint|playing|waiting|drawing|learning|computing|finishing|writing",
+    ),
 }
 
 

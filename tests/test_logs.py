@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,7 @@ def test_rows_after_the_checkpoint_come_again(tmp_path: Path) -> None:
     with open_logs(tmp_path, config={}) as logs:
         for frames in (4, 8, 12):
             logs.write(frames, {"loss": float(frames)})
+    time.sleep(1.1)  # TensorBoard's files are told apart, and ordered, by the second in which they were opened
     with open_logs(tmp_path, config={}, resume_at=8) as logs:
         assert [row["frames"] for row in read_progress(tmp_path)] == [4.0, 8.0]
         logs.write(12, {"loss": 0.5})

@@ -11,6 +11,7 @@ import pytest
 from mpdqn.video import open_video, picture
 
 
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # imageio leaves the pipes of its ffmpeg to the collector
 def test_an_mp4_that_can_be_read_back(tmp_path: Path) -> None:
     imageio = pytest.importorskip("imageio.v2")
     path = tmp_path / "videos" / "episode.mp4"

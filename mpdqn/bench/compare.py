@@ -18,7 +18,7 @@ from mpdqn.bench.tables import Table
 from mpdqn.bench.trial import run_or_refuse, run_trials
 from mpdqn.bench.verdict import verdict
 from mpdqn.launch import launch
-from mpdqn.mesh import launched, launched_rank
+from mpdqn.launched import launched, launched_rank
 from mpdqn.networks import NetworkFunction
 from mpdqn.records import Record
 

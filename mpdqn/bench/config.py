@@ -15,14 +15,9 @@ from torch import nn
 from mpdqn.arrangement import check_parameters
 from mpdqn.dqn.published import brought_to, published
 from mpdqn.environments import EnvironmentSpec, environment_spec
+from mpdqn.launched import launched, launched_local_world_size, launched_rank, launched_world_size
 from mpdqn.layouts import Layout, default_layouts
-from mpdqn.mesh import (
-    check_world_size,
-    launched,
-    launched_local_world_size,
-    launched_rank,
-    launched_world_size,
-)
+from mpdqn.mesh import check_world_size
 from mpdqn.networks import NetworkFunction
 from mpdqn.records import Environment, without_place
 from mpdqn.workload import Workload

@@ -32,9 +32,10 @@ from mpdqn.bench.trace import chrome_trace
 from mpdqn.bench.turn import Turn
 from mpdqn.cores import memory_per_rank, pin, reset_peak_memory
 from mpdqn.files import write_whole
+from mpdqn.launched import launched_local_world_size
 from mpdqn.layouts import Layout
 from mpdqn.learner import Learner
-from mpdqn.mesh import Mesh, World, launched_local_world_size
+from mpdqn.mesh import Mesh, World
 from mpdqn.networks import MemoryFormat, choose_memory_format, set_memory_format
 from mpdqn.partition import profile
 from mpdqn.pipeline.acceleration import Acceleration

@@ -15,9 +15,9 @@ import torch
 from mpdqn.dqn.prioritization import Prioritization
 from mpdqn.dqn.published import Published, brought_to, published
 from mpdqn.environments import EnvironmentSpec, environment_spec
+from mpdqn.launched import launched, launched_local_world_size, launched_world_size
 from mpdqn.layouts import Layout
 from mpdqn.logs import check_logs
-from mpdqn.mesh import launched, launched_local_world_size, launched_world_size
 from mpdqn.records import Environment
 from mpdqn.replay.rows import FRAMES, full, occupied
 from mpdqn.replay.shard import ring_shape

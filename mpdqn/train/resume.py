@@ -12,8 +12,8 @@ from mpdqn.checkpoint.entries import check_text, printable
 from mpdqn.checkpoint.folder import CheckpointFolder
 from mpdqn.environments.own import module_of
 from mpdqn.files import check_plain
+from mpdqn.launched import launched
 from mpdqn.logs import check_log_files
-from mpdqn.mesh import launched
 from mpdqn.networks import names_code
 from mpdqn.records import RECORDS
 from mpdqn.train.config import TrainConfig

@@ -15,7 +15,8 @@ from typing import Any
 
 from mpdqn.allocator import keep_freed_memory
 from mpdqn.launch import launch
-from mpdqn.mesh import World, launched
+from mpdqn.launched import launched
+from mpdqn.mesh import World
 from mpdqn.train.check import check
 from mpdqn.train.checkpoints import choose_checkpoint
 from mpdqn.train.config import TrainConfig, TrainJob

@@ -15,7 +15,7 @@ from types import FrameType, TracebackType
 from typing import Any, Self
 
 from mpdqn.launch import SAME_SIGNAL_S, a_peer_ended
-from mpdqn.mesh import launched
+from mpdqn.launched import launched
 
 EXIT_RESUMABLE = 75
 """The exit code of a run that was asked to stop and wrote a checkpoint: EX_TEMPFAIL of <sysexits.h>, "try again"."""

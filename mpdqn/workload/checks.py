@@ -10,8 +10,9 @@ from typing import Any
 
 from torch import nn
 
+from mpdqn.launched import launched_rank
 from mpdqn.layouts import Layout
-from mpdqn.mesh import check_device, launched_rank
+from mpdqn.mesh import check_device
 from mpdqn.plan import RECOMPUTATION
 from mpdqn.schedule import SCHEDULES
 from mpdqn.workload.workload import Workload
