@@ -10,6 +10,7 @@ python -m tests.passed FILE          a summary of the list, in markdown
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -54,9 +55,9 @@ def code_in(root: Path) -> str:
 
 
 def read(path: Path) -> Iterator[Outcome]:
-    """The outcomes in the list, in the order they came; a half-written last line is left out."""
+    """Return the outcomes in the list, in the order they came, without lines that were written in part."""
     for line in path.read_text().splitlines() if path.exists() else ():
-        if line.endswith("}"):
+        with contextlib.suppress(json.JSONDecodeError):
             yield Outcome(**json.loads(line))
 
 
@@ -80,7 +81,7 @@ class Passed:
     """The plugin: leaves out what the list has, and adds to it; where several processes test, their first one does."""
 
     def __init__(self, path: Path, root: Path, writes: bool) -> None:
-        self._path, self._writes = path, writes
+        self._path, self._writes, self._all_done = path, writes, False
         self._code, self._commit = code_in(root), git(root, "rev-parse", "--short=12", "HEAD")
         done = {outcome.test: outcome for outcome in read(path) if outcome.code == self._code}
         self._done = {test for test, outcome in done.items() if outcome.outcome != "failed"}
@@ -90,6 +91,12 @@ class Passed:
         left_out = [item for item in items if item.nodeid in self._done]
         items[:] = [item for item in items if item.nodeid not in self._done]
         config.hook.pytest_deselected(items=left_out)
+        self._all_done = bool(left_out) and not items
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Have a sitting that finds nothing left to run end well."""
+        if self._all_done and session.exitstatus == pytest.ExitCode.NO_TESTS_COLLECTED:
+            session.exitstatus = pytest.ExitCode.OK
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         """Add to the list."""
@@ -104,8 +111,10 @@ class Passed:
             code=self._code,
         )
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("a") as file:
-            file.write(json.dumps(asdict(outcome)) + "\n")
+        with self._path.open("a+b") as file:
+            if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":  # of a sitting that was killed
+                file.write(b"\n")
+            file.write(json.dumps(asdict(outcome)).encode() + b"\n")
 
 
 def summary(outcomes: Iterable[Outcome]) -> str:

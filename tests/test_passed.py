@@ -59,13 +59,15 @@ def sitting(checkout: Path, *flags: str, **variables: str) -> str:
         text=True,
         timeout=120,
     )
-    return (done.stdout + done.stderr).strip()
+    return f"{done.stdout}{done.stderr}\nexit code {done.returncode}"
 
 
 def test_what_has_passed_is_left_out_and_what_failed_comes_again(checkout: Path) -> None:
     assert "1 failed, 1 passed, 1 skipped, 1 error" in sitting(checkout, BROKEN="1")
     assert "2 passed" in sitting(checkout)
-    assert "4 deselected in" in sitting(checkout)
+    nothing_left = sitting(checkout)
+    assert "4 deselected in" in nothing_left
+    assert nothing_left.endswith("exit code 0")
     outcomes = list(passed.read(checkout / LIST))
     assert [outcome.outcome for outcome in outcomes].count("failed") == 2
     table = passed.summary(outcomes)
@@ -90,6 +92,9 @@ def test_the_half_line_of_a_sitting_that_was_killed(checkout: Path) -> None:
     lines = path.read_text().splitlines()
     path.write_text("\n".join([*lines[:2], lines[2][:40]]))
     assert len(list(passed.read(path))) == 2
+    assert "2 deselected" in sitting(checkout)
+    assert len({outcome.test for outcome in passed.read(path)}) == 4
+    assert "4 deselected" in sitting(checkout)
 
 
 def test_a_list_elsewhere_is_refused(checkout: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,6 @@ import pytest
 from mpdqn.video import open_video, picture
 
 
-@pytest.mark.filterwarnings("ignore::ResourceWarning")  # imageio leaves the pipes of its ffmpeg to the collector
 def test_an_mp4_that_can_be_read_back(tmp_path: Path) -> None:
     imageio = pytest.importorskip("imageio.v2")
     path = tmp_path / "videos" / "episode.mp4"
@@ -19,9 +20,13 @@ def test_an_mp4_that_can_be_read_back(tmp_path: Path) -> None:
     with open_video(path) as video:
         for frame in frames:
             video.add(frame)
-    with imageio.get_reader(path) as reader:
-        assert reader.get_meta_data()["fps"] == 15
-        read = [reader.get_data(i) for i in range(reader.count_frames())]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # imageio's reader leaves pipes of its ffmpeg to the collector
+        with imageio.get_reader(path) as reader:
+            assert reader.get_meta_data()["fps"] == 15
+            read = [reader.get_data(i) for i in range(reader.count_frames())]
+        del reader
+        gc.collect()
     assert [image.shape for image in read] == [(336, 336, 3)] * 3
     assert [image.mean() for image in read] == [pytest.approx(level, abs=6) for level in (0, 120, 240)]
 
