@@ -86,6 +86,7 @@ class Passed:
         done = {outcome.test: outcome for outcome in read(path) if outcome.code == self._code}
         self._done = {test for test, outcome in done.items() if outcome.outcome != "failed"}
 
+    @pytest.hookimpl(trylast=True)  # after -m and -k, which leave out others
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         """Leave out what the list has."""
         left_out = [item for item in items if item.nodeid in self._done]

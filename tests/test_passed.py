@@ -68,6 +68,8 @@ def test_what_has_passed_is_left_out_and_what_failed_comes_again(checkout: Path)
     nothing_left = sitting(checkout)
     assert "4 deselected in" in nothing_left
     assert nothing_left.endswith("exit code 0")
+    assert sitting(checkout, "-k", "test_a").endswith("exit code 0")
+    assert sitting(checkout, "-k", "no_such_test").endswith("exit code 5")
     outcomes = list(passed.read(checkout / LIST))
     assert [outcome.outcome for outcome in outcomes].count("failed") == 2
     table = passed.summary(outcomes)
