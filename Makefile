@@ -7,6 +7,10 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.tested-set
 OLDEST := 2.11.0
+JOBS ?= 3
+# One process more than cores, as some tests wait. A file's tests stay in one: they share what is slow to make. Printed
+# at the end: the slowest.
+PARALLEL := -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 20
 
 .PHONY: compare test test-all test-oldest checks
 
@@ -14,7 +18,7 @@ compare: $(READY)
 	$(BIN)/mpdqn compare $(ARGS)
 
 test: checks
-	$(BIN)/pytest -q --durations 20 -m "not matrix"
+	$(BIN)/pytest $(PARALLEL) -m "not matrix"
 
 test-all: test
 	$(BIN)/pytest -q -m matrix --passed results/test-all.jsonl

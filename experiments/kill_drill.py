@@ -97,7 +97,7 @@ CASES = (
 SMOKE = (
     Case(
         name="MinAtar, dp2, prioritised",
-        flags=(*MINATAR, "--frames", "2400", "--log-every", "8", "--checkpoint-every", "160", "--prioritized", "True"),
+        flags=(*MINATAR, "--frames", "1440", "--log-every", "8", "--checkpoint-every", "160", "--prioritized", "True"),
         layouts=("dp2",),
         kills=2,
     ),

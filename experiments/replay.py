@@ -30,6 +30,7 @@ from experiments.peers.replay_sb3 import StableBaselinesReplay
 from experiments.peers.replay_table import MEMORY, replay_table
 from experiments.peers.replay_task import BATCH, ENVIRONMENTS, Memory, Replay
 from experiments.peers.replay_torchrl import TorchRLReplay
+from mpdqn import forkserver
 from mpdqn.bench.harness import Isolated, interleave
 from mpdqn.records import RECORDS, Environment, Record, Value, append_records, read_records
 
@@ -140,8 +141,11 @@ def measure_memory(
     known = {str(r.settings["contender"]) for r in kept}
     missing = {who: make for who, make in everyone.items() if who not in known}
     environment = Environment.current()
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        sizes = {who: pool.submit(bytes_per_transition, make).result() for who, make in missing.items()}
+    sizes = {}
+    if missing:
+        forkserver.start()
+        with ProcessPoolExecutor(1, mp_context=get_context("forkserver")) as pool:
+            sizes = {who: pool.submit(bytes_per_transition, make).result() for who, make in missing.items()}
     for who, size in sizes.items():
         record = Record(
             experiment="replay",

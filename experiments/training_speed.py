@@ -30,6 +30,7 @@ from experiments.peers.train_mpdqn import (
     SHIPPED,
     TUNED_COLLECTION,
     TUNED_TRAINING,
+    Games,
     mpdqn_collection,
     mpdqn_training,
 )
@@ -85,14 +86,14 @@ class Contender:
         return tuple(package for package in self.packages if importlib.util.find_spec(package) is None)
 
 
-def training(steps: int, warmup: int, scratch: str) -> dict[str, Contender]:
+def training(steps: int, warmup: int, scratch: str, tuned: Games) -> dict[str, Contender]:
     """All trainers by name, in the order of their turns; ``scratch`` is a folder for a buffer of up to 2.3 GB."""
     sb3 = functools.partial(sb3_training, steps=steps, warmup=warmup)
     cleanrl = functools.partial(cleanrl_training, steps=steps, warmup=warmup)
     torchrl = functools.partial(torchrl_training, steps=steps, warmup=warmup, scratch=scratch)
     mpdqn = functools.partial(mpdqn_training, steps=steps, warmup=warmup)
     return {
-        TUNED: Contender(make=functools.partial(mpdqn, games=TUNED_TRAINING)),
+        TUNED: Contender(make=functools.partial(mpdqn, games=tuned)),
         DEFAULTS: Contender(make=functools.partial(mpdqn, games=SHIPPED)),
         "TorchRL dqn_atari": Contender(make=torchrl, packages=("torchvision",)),
         "SB3 DQN": Contender(make=functools.partial(sb3, tuned=False), packages=("stable_baselines3", "cv2")),
@@ -106,12 +107,12 @@ def training(steps: int, warmup: int, scratch: str) -> dict[str, Contender]:
     }
 
 
-def collection(steps: int) -> dict[str, Contender]:
+def collection(steps: int, tuned: Games) -> dict[str, Contender]:
     """All collectors by name, in the order of their turns."""
     return {
-        TUNED: Contender(make=functools.partial(mpdqn_collection, steps=steps, games=TUNED_COLLECTION)),
+        TUNED: Contender(make=functools.partial(mpdqn_collection, steps=steps, games=tuned)),
         DEFAULTS: Contender(make=functools.partial(mpdqn_collection, steps=steps, games=SHIPPED)),
-        "bare loop": Contender(make=functools.partial(bare_loop, steps=steps)),
+        "bare loop": Contender(make=functools.partial(bare_loop, steps=steps, games=tuned)),
         "TorchRL collector": Contender(
             make=functools.partial(torchrl_collection, steps=steps), packages=("torchvision",)
         ),
@@ -214,10 +215,11 @@ def main(config: Config) -> None:
     if config.smoke:
         config = replace(config, warmup=64)
     # 400 is the batch of TorchRL's collector; 1,024 are 16 steps of 64 games.
-    train_steps, collect_steps = (80, 512) if config.smoke else (400, 1024)
-    collectors = collection(collect_steps)
+    train_steps, collect_steps = (80, 128) if config.smoke else (400, 1024)
+    # To load a game takes a quarter of a second.
+    collectors = collection(collect_steps, SHIPPED if config.smoke else TUNED_COLLECTION)
     with tempfile.TemporaryDirectory() as scratch:
-        trainers = training(train_steps, config.warmup, scratch)
+        trainers = training(train_steps, config.warmup, scratch, SHIPPED if config.smoke else TUNED_TRAINING)
         records = (
             *measure(config, TRAINING, trainers, train_steps),
             *measure(config, COLLECTION, collectors, collect_steps),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import signal
 import sys
@@ -11,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from mpdqn import forkserver
 from mpdqn.failures import GRACE_S, PeerLost
-from mpdqn.launched import launched_rank, launched_world_size
+from mpdqn.launched import launched, launched_rank, launched_world_size
 
 Config = TypeVar("Config")
 
@@ -41,6 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"mpdqn: unknown command {command!r}\n{USAGE}", end="", file=sys.stderr)
         return 2
+    try:
+        if _will_start_ranks(command, rest):
+            forkserver.start()  # it imports torch while this process does
+    except OSError as error:
+        print(f"mpdqn {command}: the server for ranks cannot be started: {error}", file=sys.stderr)
+        return 2
     from mpdqn.launch import WorkerError
 
     try:
@@ -53,13 +61,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         time.sleep(GRACE_S)
         code = 2
     except KeyboardInterrupt:
-        print(f"mpdqn {command}: interrupted", file=sys.stderr)
+        print(f"\nmpdqn {command}: interrupted", file=sys.stderr)  # a progress bar may stand unfinished on the line
         code = 128 + signal.SIGINT
     if launched_world_size() > 1:  # the ordinary way out could wait for peers, or be woken by them while it ends
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
     return code
+
+
+def _will_start_ranks(command: str, flags: Sequence[str]) -> bool:
+    """Return whether the command starts a pool, as far as a look at its flags tells."""
+    if launched() or {"-h", "--help", "--render-only"} & set(flags):
+        return False
+    words = [word for flag in flags for word in flag.split("=", 1)]
+    layout = next((value for flag, value in itertools.pairwise(words) if flag == "--layout"), "single")
+    acting = ("--actors", "workers") in itertools.pairwise(words)
+    return command == "compare" or (command == "train" and (acting or not layout.startswith("single")))
 
 
 def _print_failure(command: str, error: BaseException) -> None:
@@ -76,7 +94,7 @@ def _print_failure(command: str, error: BaseException) -> None:
     print(f"mpdqn {command}: {line}", file=sys.stderr, flush=True)
 
 
-# Each command loads its own part of the package only: `mpdqn curves` needs no environments, `mpdqn --help` no torch.
+# Each command imports only what it needs itself; the server that forks its ranks imports torch at the same time.
 
 
 def _compare(flags: list[str]) -> None:

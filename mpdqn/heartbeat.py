@@ -34,6 +34,7 @@ import torch
 import torch.distributed as dist
 
 from mpdqn.beat import BEAT_BYTES, Activity, Beat, Peer, name_of
+from mpdqn.children import started
 from mpdqn.failures import GRACE_S, Failure, PeerLost, first_line
 from mpdqn.traffic import bytes_from, own_addresses
 
@@ -297,21 +298,13 @@ def _about() -> dict[str, Any]:
         "host": socket.gethostname(),
         "addresses": own_addresses(),
         "pid": os.getpid(),
-        "started": _started(os.getpid()),
+        "started": started(os.getpid()),
         "host_id": " ".join([boot, *spaces]),
     }
 
 
 def _kill_here(about: dict[str, Any], own: dict[str, Any]) -> None:
     """Kill a process of this machine that no longer answers: nothing gentler would reach it."""
-    if about["host_id"] == own["host_id"] and about["started"] == _started(about["pid"]) != "":
+    if about["host_id"] == own["host_id"] and about["started"] == started(about["pid"]) != "":
         with contextlib.suppress(OSError):
             os.kill(about["pid"], signal.SIGKILL)
-
-
-def _started(pid: int) -> str:
-    """Return when process ``pid`` was started, in clock ticks since boot; empty if there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except OSError:
-        return ""

@@ -12,7 +12,9 @@ import pytest
 
 from mpdqn.cores import memory_per_rank
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.cores
 
 
 def in_a_process(code: str) -> Any:

@@ -30,7 +30,7 @@ from mpdqn.cli import main
 
 failed = []
 for module in pkgutil.walk_packages(mpdqn.__path__, "mpdqn."):
-    if module.name != "mpdqn.__main__":
+    if module.name not in ("mpdqn.__main__", "mpdqn.preload"):  # which is for another process
         try:
             importlib.import_module(module.name)
         except ImportError:

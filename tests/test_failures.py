@@ -26,6 +26,8 @@ from tests.distributed import run_ranks
 from tests.test_launch import END_S, assert_nothing_left, end_processes
 from tests.transparency import Case, build, filled_shards, owned_shards, tiny_case
 
+pytestmark = pytest.mark.pool
+
 TIMEOUT_S = 20.0
 """How long a rank waits for a message."""
 

@@ -42,6 +42,8 @@ from mpdqn.train.run import train_rank
 from tests.train.settings import small
 from tests.worlds import Ranks, TwoHosts, ranks
 
+pytestmark = [pytest.mark.pool, pytest.mark.waits]
+
 TIMEOUT_S = 5.0
 END_S = TIMEOUT_S + 10.0
 """Until every rank has ended after a fault, as docs/training.md promises."""

@@ -22,29 +22,12 @@ from mpdqn.launch import WorkerError, launch
 from mpdqn.mesh import Mesh, World
 from mpdqn.plan import Parallelism, Partition, Plan
 from tests.distributed import run_ranks
+from tests.processes import END_S, ROOT, assert_nothing_left, processes_of, wait_for, workers_of
 
-ROOT = Path(__file__).parents[1]
+pytestmark = [pytest.mark.pool, pytest.mark.waits]
+
 START_S = 120.0
 """Until workers must be there, on a machine with other work to do."""
-END_S = 60.0
-"""Until a run must have ended after a failure, and all of its processes with it."""
-
-
-def processes_of(folder: Path) -> dict[int, str]:
-    """The processes other than this one whose command line names ``folder``: workers and what they started."""
-    found = {}
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            line = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if str(folder) in line and int(path.parent.name) != os.getpid():
-            found[int(path.parent.name)] = line
-    return found
-
-
-def workers_of(folder: Path) -> list[int]:
-    return [pid for pid, line in processes_of(folder).items() if "-m mpdqn.launch" in line]
 
 
 def end_processes(folder: Path) -> None:
@@ -52,19 +35,6 @@ def end_processes(folder: Path) -> None:
     for pid in processes_of(folder):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-
-
-def assert_nothing_left(folder: Path) -> None:
-    assert not processes_of(folder)
-    assert not list(folder.glob("mpdqn-*"))
-    assert not list(folder.glob("torchelastic*"))
-
-
-def wait_for(condition: Any, seconds: float, what: str) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"no {what} within {seconds:g} s"
-        time.sleep(0.05)
 
 
 def start_child(folder: Path) -> None:
@@ -250,7 +220,7 @@ def test_a_pool_listens_on_the_loopback_interface_alone_and_its_rendezvous_not_a
         pool = thread.submit(launch, listen_as_always, folder, num_workers=2)
         try:
             wait_for(lambda: pool.done() or len(list(folder.glob("ready-*"))) == 2, START_S, "workers")
-            workers, before = workers_of(folder), listening()
+            workers, before = workers_of(folder).values(), listening()
             parents = inodes_of(os.getpid()) - already
             own = parents.union(*map(inodes_of, workers))
             ours = {socket for socket in before if socket[2] in own}

@@ -588,6 +588,7 @@ def two() -> list[dict[str, Any]]:
     return run_ranks(two_ranks, num_ranks=2, timeout=240)
 
 
+@pytest.mark.pool
 def test_two_ranks_learn_what_a_plain_loop_learns(two: list[dict[str, Any]]) -> None:
     change, losses, norms, errors = plain_double_dqn(6, double=True, **RULE)
     before = {name: p.detach() for name, p in network().named_parameters()}
@@ -607,6 +608,7 @@ def test_two_ranks_learn_what_a_plain_loop_learns(two: list[dict[str, Any]]) -> 
         assert distance({"": halves[u]}, {"": error}) < 1e-10
 
 
+@pytest.mark.pool
 def test_stages_of_different_dtypes(two: list[dict[str, Any]], alone: World) -> None:
     """Labels once travelled in the dtype of the sender's own layers and were received in that of the receiver's."""
     single = build(alone, (0, 12), chain=mixed_network(), **RULE)
@@ -617,6 +619,7 @@ def test_stages_of_different_dtypes(two: list[dict[str, Any]], alone: World) -> 
         assert distance({"": td_errors}, {"": expected}) < 1e-5
 
 
+@pytest.mark.pool
 def test_only_the_first_rank_of_a_replica_passes_a_batch(two: list[dict[str, Any]]) -> None:
     who = "rank 0, the first stage of its replica, passes the batch and the other ranks pass None"
     first, last = two
@@ -629,6 +632,7 @@ def test_only_the_first_rank_of_a_replica_passes_a_batch(two: list[dict[str, Any
     assert first["whole_batch"] == "rank 0 got 16 transitions but a replica's part of batch_size 16 is 8 (d = 2)"
 
 
+@pytest.mark.pool
 @pytest.mark.parametrize("run", ["drain", "stacked_drain"])
 def test_the_exchange_begins_while_there_is_work_left(two: list[dict[str, Any]], run: str) -> None:
     """Each stage's sum right after the last action that adds to its gradients, in front of passes over the next batch
@@ -647,6 +651,7 @@ def test_the_exchange_begins_while_there_is_work_left(two: list[dict[str, Any]],
     assert [call for call in first if call.startswith("0T")]
 
 
+@pytest.mark.pool
 def test_bytes_sent(two: list[dict[str, Any]]) -> None:
     """Frames stay where they are: activations of three passes one way, gradients the other, labels and TD errors."""
     activation = network()[:6](batch(0).obs).numel() * 8

@@ -86,15 +86,18 @@ def three() -> list[dict[str, Any]]:
     return run_ranks(three_ranks, num_ranks=3)
 
 
+@pytest.mark.pool
 def test_every_rank_knows_itself_and_the_world(three: list[dict[str, Any]]):
     assert [seen["world"] for seen in three] == [(rank, 3, "cpu") for rank in range(3)]
 
 
+@pytest.mark.pool
 def test_values_travel_from_and_to_the_first_rank(three: list[dict[str, Any]]):
     assert [seen["from_first"] for seen in three] == [{"of": 0}] * 3
     assert [seen["to_first"] for seen in three] == [[(0, ""), (1, "x"), (2, "xx")], [], []]
 
 
+@pytest.mark.pool
 def test_a_plan_laid_over_the_world_gives_each_rank_its_part(three: list[dict[str, Any]]):
     assert [seen["pipe"] for seen in three] == [((0,), True, 0, 2), ((1,), True, 0, 2), ((), False, -1, 2)]
     assert three[0]["ends"] == three[1]["ends"] == (0, 1, [0, 1])
@@ -102,26 +105,31 @@ def test_a_plan_laid_over_the_world_gives_each_rank_its_part(three: list[dict[st
     assert [seen["stacked"] for seen in three] == [((0, 1), 0, [0, 1]), ((0, 1), 1, [0, 1]), ((), -1, [])]
 
 
+@pytest.mark.pool
 def test_messages_are_matched_by_kind_and_within_a_kind_in_order(three: list[dict[str, Any]]):
     received = three[1]
     assert (received["T"], received["F"], received["D"], received[LABELS]) == ([0, 2], [1, 4, 7], [3, 6], [5])
     assert three[0]["back"] == [[0, 1, 2], [1.0, 1.0]]
 
 
+@pytest.mark.pool
 def test_bytes_sent_are_counted_until_they_are_reset(three: list[dict[str, Any]]):
     # rank 0: 8 messages of 2 float64; rank 1: 2 float32 and 3 int64; rank 2 has no part
     assert [seen["bytes"] for seen in three] == [(8 * 16, 0), (2 * 4 + 3 * 8, 0), (0, 0)]
 
 
+@pytest.mark.pool
 def test_a_sum_reaches_every_rank_of_the_group(three: list[dict[str, Any]]):
     # the ring sends 2·(3 − 1)/3 of 3 float64
     assert [seen["sum"] for seen in three] == [([3.0, 111.0, -3.0], True, 32)] * 3
 
 
+@pytest.mark.pool
 def test_a_group_is_made_once(three: list[dict[str, Any]]):
     assert all(seen["groups"] for seen in three)
 
 
+@pytest.mark.pool
 def test_a_plan_for_more_ranks_than_the_world_has_is_refused(three: list[dict[str, Any]]):
     complaint = "the plan places stages on rank 3 but the world has 3 ranks; start at least 4"
     assert [seen["too large"] for seen in three] == [complaint] * 3
@@ -165,6 +173,7 @@ def lost(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
         return seen
 
 
+@pytest.mark.pool
 @pytest.mark.parametrize(
     ("case", "action"),
     [

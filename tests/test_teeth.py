@@ -14,6 +14,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -24,7 +25,9 @@ from mpdqn.launch import launch
 from mpdqn.mesh import World
 from tests.comparator import errors, violations
 from tests.defects import agents, schedules, update
-from tests.transparency import Case, Trace, run_case, run_reference, tiny_case
+from tests.transparency import Case, References, Trace, read_trace, run_case, tiny_case
+
+pytestmark = pytest.mark.pool
 
 HYBRID = Case(data=2, pipeline=2, schedule="1f1b", m=4)
 AHEAD = tiny_case("td1f1b", lookahead=1)
@@ -135,49 +138,60 @@ NEEDS_A_LAYOUT = (
 """Patches that cannot be entered in the single process: it has no second micro-batch and no split backward."""
 
 
-def bite(names: list[str]) -> list[tuple[Case, dict[str, float], dict[str, float]]]:
-    """On rank 0: for each tooth the errors without and with its defect."""
+Bitten = dict[str, tuple[Case, dict[str, float], dict[str, float]]]
+"""By the tooth's name: its case, and the errors without and with its defect."""
+
+
+def bite(names: list[str], references: dict[Case, Path]) -> Bitten:
+    """On rank 0: what comes of these teeth, given the files of their references."""
     torch.set_num_threads(1)
-    found = []
-    by_name = {tooth.name: tooth for tooth in TEETH}
-    references: dict[Case, tuple[Trace, dict[str, float]]] = {}
+    found: Bitten = {}
+    clean: dict[Case, dict[str, float]] = {}
     with World.open("cpu", 60) as world:
-        for tooth in (by_name[name] for name in names):
-            if tooth.case not in references:
-                reference = run_reference(world, tooth.case)
-                references[tooth.case] = reference, errors(world, tooth.case, run_case(world, tooth.case), reference)
-            reference, clean = references[tooth.case]
+        for tooth in (tooth for tooth in TEETH if tooth.name in names):
+            case, reference = tooth.case, read_trace(references[tooth.case])
+            if case not in clean:
+                clean[case] = errors(world, case, run_case(world, case), reference)
             with tooth.defect():
-                trace = run_case(world, tooth.case)
-            found.append((tooth.case, clean, errors(world, tooth.case, trace, reference)))
+                trace = run_case(world, case)
+            found[tooth.name] = case, clean[case], errors(world, case, trace, reference)
     return found
 
 
 @pytest.fixture(scope="module")
-def bitten() -> dict[str, tuple[Case, dict[str, float], dict[str, float]]]:
-    names = [tooth.name for tooth in TEETH]
-    return dict(zip(names, launch(bite, names, num_workers=4)[0], strict=True))
+def references(alone: World, tmp_path_factory: pytest.TempPathFactory) -> References:
+    return References(alone, tmp_path_factory.mktemp("references"))
+
+
+@pytest.fixture(scope="module")
+def bitten(references: References) -> Bitten:
+    """Each tooth among as few ranks as its case needs."""
+    found: Bitten = {}
+    for num_ranks in sorted({tooth.case.ranks for tooth in TEETH}):
+        teeth = [tooth for tooth in TEETH if tooth.case.ranks == num_ranks]
+        paths = references.of(tooth.case for tooth in teeth)
+        found |= launch(bite, [tooth.name for tooth in teeth], paths, num_workers=num_ranks)[0]
+    return found
 
 
 @pytest.mark.parametrize("tooth", TEETH, ids=str)
-def test_defect_is_found(tooth: Tooth, bitten: dict[str, tuple[Case, dict[str, float], dict[str, float]]]) -> None:
+def test_defect_is_found(tooth: Tooth, bitten: Bitten) -> None:
     case, clean, defective = bitten[tooth.name]
     assert violations(case, clean) == []
     assert any(line.startswith(tooth.shows_in) for line in violations(case, defective)), defective
 
 
-def test_the_teeth_are_marked_as_what_they_are(alone: World) -> None:
+def test_the_teeth_are_marked_as_what_they_are(alone: World, references: References) -> None:
     """With the same patch the single process differs where the algorithm is another, and only there."""
-    found, references = {}, {}
+    found = {}
     for tooth in TEETH:
         if tooth.defect in NEEDS_A_LAYOUT:
             continue
         case = tooth.case.reference()
-        if case not in references:
-            references[case] = run_case(alone, case)
+        reference = read_trace(references.of([case])[case])
         with tooth.defect():
             trace = run_case(alone, case)
-        differs = violations(case, errors(alone, case, trace, references[case])) != []
+        differs = violations(case, errors(alone, case, trace, reference)) != []
         found[tooth.name] = "algorithm" if differs else "layout"
     assert found == {tooth.name: tooth.kind for tooth in TEETH if tooth.defect not in NEEDS_A_LAYOUT}
 

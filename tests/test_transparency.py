@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from mpdqn.mesh import World
 from mpdqn.plan import RECOMPUTATION
 from mpdqn.schedule import SCHEDULES
 from tests.comparator import errors, violations
-from tests.transparency import Case, Trace, run_case, run_reference, tiny_case
+from tests.transparency import UPDATES, Case, References, read_trace, run_case, tiny_case
+
+pytestmark = pytest.mark.pool
 
 MICROBATCHES = (1, 3, 4, 8, 16)
 LAYOUTS = ((1, 1), (2, 1), (1, 2), (1, 3), (2, 2))
@@ -129,16 +132,15 @@ def whole_agents() -> Iterator[Case]:
         yield tiny_case(schedule, data=d, pipeline=p, recompute=recompute, lookahead=lookahead, agent=agent)
 
 
-def run_matrix(cases: list[Case]) -> dict[Case, dict[str, float]]:
-    """On rank 0 of a pool: the errors of every case."""
+def run_matrix(references: dict[Case, Path], updates: int = UPDATES) -> dict[Case, dict[str, float]]:
+    """On rank 0 of a pool: the errors of every case, given the file of its reference."""
     torch.set_num_threads(1)
-    found: dict[Case, dict[str, float]] = {}
-    references: dict[Case, Trace] = {}
+    found, read = {}, {}
     with World.open("cpu", 60) as world:
-        for case in cases:
-            if case.reference() not in references:
-                references = {case.reference(): run_reference(world, case)}  # keep one: they are large
-            found[case] = errors(world, case, run_case(world, case), references[case.reference()])
+        for case, path in references.items():
+            if path not in read:
+                read = {path: read_trace(path)}  # they come one after the other, and may be large
+            found[case] = errors(world, case, run_case(world, case, updates=updates), read[path])
     return found
 
 
@@ -151,16 +153,17 @@ WHOLE = by_reference(whole_matrix())
 WHOLE_SCHEDULES = by_reference(itertools.chain(whole_schedules(), whole_agents()))
 
 
-@pytest.fixture(scope="module")
-def small() -> dict[Case, dict[str, float]]:
-    return launch(run_matrix, SMALL, num_workers=4)[0]
-
-
 class Matrix:
-    """The errors of many cases: when a test asks for one, all of its group are found, so that a run can be stopped."""
+    """The errors of many cases: when a test asks for one, all of its group are found, so that a run can be stopped.
 
-    def __init__(self, cases: list[Case], group: Callable[[Case], object]) -> None:
-        self._group, self._groups = group, dict[object, list[Case]]()
+    Args:
+        cases: all of them.
+        references: the single process's traces, computed before the pool of a group starts.
+        group: what the cases of one pool have in common; it has as many ranks as the largest of them needs.
+    """
+
+    def __init__(self, cases: list[Case], references: References, group: Callable[[Case], object]) -> None:
+        self._references, self._group, self._groups = references, group, dict[object, list[Case]]()
         for case in cases:
             self._groups.setdefault(group(case), []).append(case)
         self._found: dict[Case, dict[str, float]] = {}
@@ -168,24 +171,38 @@ class Matrix:
     def __getitem__(self, case: Case) -> dict[str, float]:
         if case not in self._found:
             group = self._groups[self._group(case)]
-            self._found |= launch(run_matrix, group, num_workers=max(case.ranks for case in group))[0]
+            paths = self._references.of(group)
+            self._found |= launch(run_matrix, paths, num_workers=max(case.ranks for case in group))[0]
+            del self._groups[self._group(case)]
+            self._references.keep(itertools.chain.from_iterable(self._groups.values()))
         return self._found[case]
 
 
 @pytest.fixture(scope="module")
-def whole() -> Matrix:
-    return Matrix(WHOLE, Case.reference)
+def references(alone: World, tmp_path_factory: pytest.TempPathFactory) -> References:
+    torch.set_num_threads(1)
+    return References(alone, tmp_path_factory.mktemp("references"))
 
 
 @pytest.fixture(scope="module")
-def whole_schedules_found() -> Matrix:
-    """Each case among as few ranks as it needs: the others would only run references and wait."""
-    return Matrix(WHOLE_SCHEDULES, lambda case: (case.reference(), case.ranks))
+def small(references: References) -> Matrix:
+    """Each case among as few ranks as it needs: the others would only wait."""
+    return Matrix(SMALL, references, lambda case: case.ranks)
+
+
+@pytest.fixture(scope="module")
+def whole(references: References) -> Matrix:
+    return Matrix(WHOLE, references, Case.reference)
+
+
+@pytest.fixture(scope="module")
+def whole_schedules_found(references: References) -> Matrix:
+    return Matrix(WHOLE_SCHEDULES, references, lambda case: (case.reference(), case.ranks))
 
 
 @pytest.mark.parametrize("case", SMALL, ids=str)
 @pytest.mark.timeout(900)
-def test_layout_computes_what_the_single_process_computes(case: Case, small: dict[Case, dict[str, float]]) -> None:
+def test_layout_computes_what_the_single_process_computes(case: Case, small: Matrix) -> None:
     assert violations(case, small[case]) == []
 
 
@@ -203,20 +220,14 @@ def test_whole_schedules(case: Case, whole_schedules_found: Matrix) -> None:
     assert violations(case, whole_schedules_found[case]) == []
 
 
-def many_updates(case: Case, updates: int) -> dict[str, float]:
-    torch.set_num_threads(1)
-    with World.open("cpu", 60) as world:
-        reference = run_reference(world, case, updates=updates)
-        return errors(world, case, run_case(world, case, updates=updates), reference)
-
-
 @pytest.mark.timeout(600)
-def test_three_hundred_updates_with_passes_of_the_next_batch_in_the_gaps() -> None:
+def test_three_hundred_updates_with_passes_of_the_next_batch_in_the_gaps(alone: World, tmp_path: Path) -> None:
     """Nothing adds up: 42 refreshes inside, and most updates before and after one."""
     # With Adam on random frames, rounding doubles every ten updates, in any layout: 1e-16 is 1e-4 after three hundred.
     case = tiny_case("td1f1b", lookahead=1, target_period=7, optimizer="sgd")
-    found = launch(many_updates, case, 300, num_workers=2)[0]
-    assert violations(case, found) == [], found
+    references = References(alone, tmp_path, updates=300).of([case])
+    found = launch(run_matrix, references, 300, num_workers=case.ranks)[0]
+    assert violations(case, found[case]) == [], found
 
 
 def reruns(cases: list[Case]) -> list[bool]:

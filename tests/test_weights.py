@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -53,6 +54,7 @@ def check(weights: dict[str, Tensor] | None, replica: int) -> None:
     copy.load_state_dict(weights)
 
 
+@pytest.mark.pool
 def test_ranks_of_their_own_get_every_stage_of_their_replica():
     found = run_ranks(deliver, [4, 5], num_ranks=6)
     assert found[:4] == [None] * 4
@@ -60,6 +62,7 @@ def test_ranks_of_their_own_get_every_stage_of_their_replica():
     check(found[5], 1)
 
 
+@pytest.mark.pool
 def test_the_rank_of_a_first_stage_gets_the_stages_that_it_does_not_hold():
     found = run_ranks(deliver, [0, 2], num_ranks=4)
     assert found[1] is None

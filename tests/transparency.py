@@ -1,14 +1,16 @@
 """Train each layout for a few updates: what the transparency tests, the teeth and the GPU tests share.
 
-A *case* is one layout of one update rule on one network. The ranks of a worker pool run it, and each runs the single
-process at m = 1 by itself; `tests.comparator` compares the two traces.
+A *case* is one layout of one update rule on one network. The ranks of a worker pool run it; the single process at m = 1
+is run once for all cases of its update rule (`References`); `tests.comparator` compares the two traces.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -313,5 +315,41 @@ def run_case(world: World, case: Case, *, updates: int = UPDATES, alone: bool = 
 
 
 def run_reference(world: World, case: Case, *, updates: int = UPDATES) -> Trace:
-    """The single process of ``case``, on every rank by itself; collective."""
+    """The single process of ``case``, on every rank of ``world`` by itself; collective."""
     return run_case(world, case.reference(), updates=updates, alone=True)
+
+
+class References:
+    """Traces of the single process in files, each computed once: the ranks of every pool read what they compare.
+
+    Args:
+        world: a world of one, which computes them.
+        folder: where the files are.
+        updates: how many updates each has.
+    """
+
+    def __init__(self, world: World, folder: Path, updates: int = UPDATES) -> None:
+        self._world, self._folder, self._updates, self._numbers = world, folder, updates, itertools.count()
+        self._paths: dict[Case, Path] = {}
+
+    def of(self, cases: Iterable[Case]) -> dict[Case, Path]:
+        """Return the file with the trace of the single process of each of ``cases``."""
+        found = {}
+        for case in cases:
+            single = case.reference()
+            if single not in self._paths:
+                self._paths[single] = self._folder / f"{next(self._numbers)}.pt"
+                torch.save(run_case(self._world, single, updates=self._updates), self._paths[single])
+            found[case] = self._paths[single]
+        return found
+
+    def keep(self, cases: Iterable[Case]) -> None:
+        """Delete all but those of ``cases``: the traces of a large network take gigabytes."""
+        for single in self._paths.keys() - {case.reference() for case in cases}:
+            self._paths.pop(single).unlink()
+
+
+def read_trace(path: Path) -> Trace:
+    """Return a trace of `References`; its tensors are read when they are used."""
+    trace: Trace = torch.load(path, mmap=True, weights_only=False)
+    return trace

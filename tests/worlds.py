@@ -22,7 +22,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["mpdqn.train.run", "mpdqn.bench.trial", "tests.train.settings", "tests.train.network"]
+from mpdqn import forkserver
 
 CLONE_NEWNET = 0x40000000
 
@@ -77,8 +77,9 @@ class Ranks:
     def __init__(
         self, function: Callable[..., Any], *args: Any, num_ranks: int, folder: Path, hosts: TwoHosts | None = None
     ) -> None:
+        forkserver.start()
+        surroundings = forkserver.Surroundings.current()
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
         address = "127.0.0.1" if hosts is None else "10.77.0.1"
         environment = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": address, "MASTER_PORT": str(free_port())}
         environment["LOCAL_WORLD_SIZE"] = str(num_ranks if hosts is None else 1)
@@ -87,7 +88,9 @@ class Ranks:
         for rank in range(num_ranks):
             own = environment | {"RANK": str(rank), "GLOO_SOCKET_IFNAME": "lo" if hosts is None else hosts.ends[rank]}
             name = None if hosts is None else hosts.names[rank]
-            process = context.Process(target=_run, args=(function, args, own, name, folder / f"rank-{rank}"))
+            process = context.Process(
+                target=_run, args=(surroundings, function, args, own, name, folder / f"rank-{rank}")
+            )
             process.start()
             threading.Thread(target=self._note_end, args=(rank, process), daemon=True).start()
             self.processes.append(process)
@@ -128,8 +131,16 @@ def ranks(function: Callable[..., Any], *args: Any, **options: Any) -> Iterator[
         started.close()
 
 
-def _run(function: Callable[..., Any], args: Any, environment: dict[str, str], host: str | None, out: Path) -> None:
+def _run(
+    surroundings: forkserver.Surroundings,
+    function: Callable[..., Any],
+    args: Any,
+    environment: dict[str, str],
+    host: str | None,
+    out: Path,
+) -> None:
     """The body of one rank."""
+    surroundings.enter("mpdqn-test-rank")
     if host is not None:
         with Path(f"/run/netns/{host}").open() as space:
             assert ctypes.CDLL(None).setns(space.fileno(), CLONE_NEWNET) == 0

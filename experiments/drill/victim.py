@@ -12,6 +12,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from mpdqn.children import parent_of
+from mpdqn.forkserver import RANK_NAME
 from mpdqn.logs import PROGRESS
 
 PATIENCE_S = 300.0
@@ -51,15 +53,14 @@ class Victim:
         return self._process.wait(PATIENCE_S)
 
     def ranks(self) -> list[int]:
-        """The processes of its ranks: workers, or itself where it needs none."""
-        own = self._process.pid
-        found = []
+        """Return the processes of its ranks: workers, which `mpdqn.forkserver` names so, or itself if it needs none."""
+        found = {}
         for path in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError, IndexError):
-                parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-                if parent == own and b"mpdqn.launch" in (path / "cmdline").read_bytes():
-                    found.append(int(path.name))
-        return sorted(found) or [own]
+            with contextlib.suppress(OSError, ValueError):
+                name = (path / "comm").read_text()
+                if name.startswith(RANK_NAME) and parent_of(parent_of(int(path.name))) == self._process.pid:
+                    found[int(name.removeprefix(RANK_NAME))] = int(path.name)
+        return [found[rank] for rank in sorted(found)] or [self._process.pid]
 
     def kill_one(self, choice: random.Random) -> str:
         """SIGKILL to a random rank; which one. All ranks have ended on return."""

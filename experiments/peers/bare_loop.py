@@ -8,14 +8,14 @@ import numpy as np
 import torch
 from ale_py.vector_env import AtariVectorEnv
 
-from experiments.peers.train_mpdqn import ACTIONS, EPSILON, TUNED_COLLECTION, policy
+from experiments.peers.train_mpdqn import ACTIONS, EPSILON, Games, policy
 
 
-def bare_loop(*, steps: int) -> Callable[[], None]:
-    """``steps`` agent steps a call, a multiple of 64, of as many games as mpdqn plays, without any storage."""
-    n = TUNED_COLLECTION.shards * TUNED_COLLECTION.per_shard
-    games, network, random = AtariVectorEnv("pong", n, reward_clipping=False), policy(), np.random.default_rng(0)
-    observation, _ = games.reset(seed=0)
+def bare_loop(*, steps: int, games: Games) -> Callable[[], None]:
+    """``steps`` agent steps a call, a multiple of the number of ``games``, without any storage."""
+    n = games.shards * games.per_shard
+    vector, network, random = AtariVectorEnv("pong", n, reward_clipping=False), policy(), np.random.default_rng(0)
+    observation, _ = vector.reset(seed=0)
 
     @torch.inference_mode()
     def collect() -> None:
@@ -23,6 +23,6 @@ def bare_loop(*, steps: int) -> Callable[[], None]:
         for _ in range(steps // n):
             best = network(torch.from_numpy(observation)).argmax(dim=1).numpy()
             action = np.where(random.random(n) < EPSILON, random.integers(ACTIONS, size=n), best)
-            observation = games.step(action)[0]
+            observation = vector.step(action)[0]
 
     return collect

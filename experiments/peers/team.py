@@ -11,7 +11,6 @@ messages a hundred times a second each, which for all idle contenders together i
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import math
 import multiprocessing
 import os
@@ -28,6 +27,7 @@ import torch.distributed as dist
 from experiments.peers.task import Step
 from mpdqn.bench.harness import Isolated
 from mpdqn.cores import pin
+from mpdqn.forkserver import RANK_NAME, forked
 
 SILENCE_S = 600.0
 """How long a rank may take for its start or a turn before it counts as hanging."""
@@ -82,9 +82,7 @@ class Team(Isolated):
                 "GLOO_SOCKET_IFNAME": "lo",
             }
             pipe, theirs = multiprocessing.Pipe()
-            process = multiprocessing.get_context("spawn").Process(
-                target=_take_turns, args=(make, environment, threads, rank, theirs), daemon=True
-            )
+            process = forked(_take_turns, make, environment, threads, rank, theirs, name=f"{RANK_NAME}{rank}")
             process.start()
             theirs.close()
             self._pipes.append(pipe)
@@ -119,7 +117,8 @@ class Team(Isolated):
     def close(self) -> None:
         """End the processes."""
         for process in self._processes:
-            process.kill()  # it may be stopped, or handle a gentler signal by waiting for a peer that is gone
+            if process.is_alive():
+                process.kill()  # it may be stopped, or handle a gentler signal by waiting for a peer that is gone
         for process in self._processes:
             process.join()
 
@@ -159,8 +158,6 @@ class Team(Isolated):
 def _take_turns(
     make: Callable[[], Step], environment: dict[str, str], threads: int, rank: int, pipe: Connection
 ) -> None:
-    set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2): else a stopped rank would outlive its parent
-    ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
     os.environ.update(environment)
     os.dup2(2, 1)  # what the peers print is no part of the table
     pin(sorted(os.sched_getaffinity(0)), threads, rank)

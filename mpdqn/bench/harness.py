@@ -17,11 +17,15 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from mpdqn.files import write_whole
+from mpdqn.forkserver import forked
 from mpdqn.progress_bar import ProgressBar
 from mpdqn.records import RECORDS, Environment, Record, Value, append_records, read_records
 
 Update = Callable[[], None]
 """One update, or whatever is counted; it synchronises its device before it returns."""
+
+ENDING_S = 5.0
+"""Seconds between the end of a process and the moment when it is known how it ended, on a busy machine too."""
 
 
 class Isolated:
@@ -30,9 +34,7 @@ class Isolated:
     def __init__(self, make: Callable[[], Update]) -> None:
         """Start the process; ``make`` is called there and returns the update. It must be picklable."""
         self._pipe, theirs = multiprocessing.Pipe()
-        self._process = multiprocessing.get_context("spawn").Process(
-            target=_take_turns, args=(make, theirs), daemon=True
-        )
+        self._process = forked(_take_turns, make, theirs, name="mpdqn-contender")
         self._process.start()
         theirs.close()
         self._ready = False
@@ -57,6 +59,7 @@ class Isolated:
         try:
             answer = self._pipe.recv()
         except (EOFError, ConnectionResetError) as error:
+            self._process.join(ENDING_S)  # how it ended is known a moment later
             raise RuntimeError(f"a contender's process ended with code {self._process.exitcode}") from error
         if isinstance(answer, str):
             raise RuntimeError(f"a contender failed:\n{answer}")
@@ -64,7 +67,8 @@ class Isolated:
 
     def close(self) -> None:
         """End the process."""
-        self._process.terminate()
+        if self._process.is_alive():
+            self._process.terminate()
         self._process.join()
 
 

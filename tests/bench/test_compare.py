@@ -14,6 +14,7 @@ from mpdqn.bench.compare import render
 from tests.bench.in_process import compared
 
 
+@pytest.mark.pool
 def test_a_comparison_from_python(tmp_path: Path) -> None:
     """With a function that closes over the test's own names, another agent, and settings beside a configuration."""
     width = 8

@@ -1,6 +1,7 @@
 """`interleave`: turns in order, a record for each at once, and a run that goes on where it stopped."""
 
 import functools
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,7 @@ def fails_to_make() -> Callable[[], None]:
     raise ArithmeticError("no network")
 
 
+@pytest.mark.pool
 def test_a_contender_in_its_own_process_is_waited_for(tmp_path: Path) -> None:
     contender = Isolated(functools.partial(slow_to_make, tmp_path / "made"))
     try:
@@ -133,6 +135,7 @@ def test_a_contender_in_its_own_process_is_waited_for(tmp_path: Path) -> None:
         contender.close()
 
 
+@pytest.mark.pool
 def test_what_goes_wrong_in_the_making_is_told() -> None:
     contender = Isolated(fails_to_make)
     try:
@@ -140,3 +143,15 @@ def test_what_goes_wrong_in_the_making_is_told() -> None:
             contender.rate(0.0)
     finally:
         contender.close()
+
+
+def ends_in_a_turn() -> Callable[[], None]:
+    return functools.partial(os._exit, 3)
+
+
+@pytest.mark.pool
+def test_how_a_contender_has_ended_is_told() -> None:
+    contender = Isolated(ends_in_a_turn)
+    with pytest.raises(RuntimeError, match=r"^a contender's process ended with code 3$"):
+        contender.rate(0.0)
+    contender.close()

@@ -196,6 +196,7 @@ def what_one_rank_finds(world: World, choice: Choice) -> list[str]:
     return [*told, str(damaged.value)]
 
 
+@pytest.mark.pool
 def test_what_one_rank_cannot_write_no_rank_has_written(tmp_path: Path) -> None:
     for rank, told in enumerate(run_ranks(on_two_ranks, tmp_path, num_ranks=2)):
         assert told[0] == "Saved"

@@ -20,7 +20,7 @@ from mpdqn.cli import main
 from mpdqn.records import RECORDS, TABLES, TRACES, Record, read_records
 from mpdqn.schedule import SCHEDULES, ActionTable
 from mpdqn.timeline import Timeline
-from tests.cli.processes import (
+from tests.processes import (
     END_S,
     MPDQN,
     RUN_S,
@@ -32,9 +32,10 @@ from tests.cli.processes import (
     start,
     torchrun,
     wait_for,
+    workers_of,
 )
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.pool, pytest.mark.timeout(600)]
 
 FILES = {
     "environment.json",
@@ -110,7 +111,7 @@ def default_rows(m: int = 2) -> list[str]:
 
 def test_compare(tmp_path: Path) -> None:
     """The defaults, made small."""
-    done = run([*MPDQN, "compare", "--smoke", "--out", "results"], tmp_path)
+    done = run([*MPDQN, "compare", "--smoke", "--out", "results"], tmp_path, anew=True)
     assert done.returncode == 0, done.stderr
     folder = run_folder(tmp_path / "results")
     check_run(folder, default_rows(), rounds=2)
@@ -184,11 +185,11 @@ def test_every_schedule_traced_and_drawn_again(tmp_path: Path) -> None:
 
 
 def test_under_torchrun_with_four_processes(tmp_path: Path) -> None:
-    done = run(
-        [*torchrun(4), "compare", "--smoke", "--rounds", "1", "--transitions", "64", "--out", "results"], tmp_path
-    )
+    names = ["single@1", "pp2-td1f1b/m2", "dp2xpp2-1f1b/m2"]
+    flags = ["--smoke", "--rounds", "1", "--transitions", "64", "--layouts", *names, "--out", "results"]
+    done = run([*torchrun(4), "compare", *flags], tmp_path)
     assert done.returncode == 0, done.stderr
-    check_run(run_folder(tmp_path / "results"), default_rows(), rounds=1)
+    check_run(run_folder(tmp_path / "results"), names, rounds=1)
     assert done.stdout.count("Layouts compared") == 1, "rank 0 speaks for all"
 
 
@@ -245,12 +246,14 @@ def test_a_script_in_a_folder_of_its_own(tmp_path: Path) -> None:
 
 # A run that ends early
 
+LONG = ["--env", "minatar-breakout", "--network", "minatar", "--smoke", "--rounds", "10000", "--transitions", "64"]
+LONG += ["--layouts", "single@1", "dp2", "--out", "results"]
+
 
 @pytest.fixture
 def long_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """A comparison in its rounds, which would go on for minutes."""
-    flags = ["--smoke", "--rounds", "10000", "--transitions", "64", "--layouts", "single@1", "dp2", "--out", "results"]
-    process = start([*MPDQN, "compare", *flags], tmp_path)
+    process = start([*MPDQN, "compare", *LONG], tmp_path)
     try:
         wait_for(
             lambda: list(tmp_path.glob(f"results/*/{RECORDS}")) or process.poll() is not None, RUN_S, "first record"
@@ -261,11 +264,9 @@ def long_run(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def test_a_killed_worker_ends_the_run(long_run: subprocess.Popen[str], tmp_path: Path) -> None:
-    workers = [pid for pid, line in processes_of(tmp_path).items() if "-m mpdqn.launch" in line]
-    assert len(workers) == 2, long_run.communicate() if long_run.poll() is not None else workers
-    environ = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in workers}
-    (victim,) = (pid for pid in workers if b"RANK=1" in environ[pid])
-    os.kill(victim, signal.SIGKILL)
+    workers = workers_of(tmp_path)
+    assert workers.keys() == {0, 1}, long_run.communicate() if long_run.poll() is not None else workers
+    os.kill(workers[1], signal.SIGKILL)
     begin = time.monotonic()
     _, err = long_run.communicate(timeout=2 * END_S)
     assert time.monotonic() - begin < END_S
@@ -275,8 +276,7 @@ def test_a_killed_worker_ends_the_run(long_run: subprocess.Popen[str], tmp_path:
 
 
 def test_a_killed_worker_ends_the_run_under_torchrun(tmp_path: Path) -> None:
-    flags = ["--smoke", "--rounds", "10000", "--transitions", "64", "--layouts", "single@1", "dp2", "--out", "results"]
-    process = start([*torchrun(2), "compare", *flags], tmp_path)
+    process = start([*torchrun(2), "compare", *LONG], tmp_path)
     try:
         wait_for(lambda: list(tmp_path.glob(f"results/*/{RECORDS}")) or process.poll() is not None, RUN_S, "records")
         ranks = {

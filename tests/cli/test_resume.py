@@ -12,20 +12,21 @@ import pytest
 
 from mpdqn.checkpoint.folder import CheckpointFolder
 from mpdqn.train.stop import EXIT_RESUMABLE
-from tests.cli.processes import (
+from tests.processes import (
     END_S,
     MPDQN,
     assert_nothing_left,
     end,
-    processes_of,
+    forked,
     run,
     run_folder,
     start,
     torchrun,
     wait_for,
+    workers_of,
 )
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.pool, pytest.mark.timeout(600)]
 
 LONG = ["--env", "minatar-breakout", "--frames", "100000000", "--min-replay", "256", "--capacity", "2000"]
 LONG += ["--log-every", "400", "--out", "runs"]
@@ -54,10 +55,10 @@ def test_sigterm_writes_a_checkpoint_to_go_on_from(tmp_path: Path) -> None:
     try:
         wait_for(lambda: begun(tmp_path), 120, "row of progress")
         folder = run_folder(tmp_path / "runs")
-        told = run_beside([*MPDQN, "status", str(folder)], tmp_path)
+        told = forked([*MPDQN, "status", str(folder)], tmp_path)
         assert told.returncode == 0, told.stderr
         assert told.stdout.startswith("state        running\n")
-        second = run_beside([*MPDQN, "train", "--resume", str(folder)], tmp_path)
+        second = forked([*MPDQN, "train", "--resume", str(folder)], tmp_path)
         assert second.returncode == 2
         assert f"{folder} is being trained by process" in second.stderr
         assert process.poll() is None
@@ -95,8 +96,7 @@ def test_sigterm_reaches_all_ranks_from_wherever_it_comes(whom: str, tmp_path: P
     process = start(command if whom == "torchrun" else [*MPDQN, *command[command.index("train") :]], tmp_path)
     try:
         wait_for(lambda: begun(tmp_path), 120, "row of progress")
-        workers = [pid for pid, line in processes_of(tmp_path).items() if "mpdqn.launch" in line]
-        code, _, err = stopped(process, process.pid if whom == "torchrun" else workers[0])
+        code, _, err = stopped(process, process.pid if whom == "torchrun" else workers_of(tmp_path)[0])
     finally:
         end(process)
     assert code == EXIT_RESUMABLE if whom == "a worker" else code != 0, err
@@ -104,15 +104,3 @@ def test_sigterm_reaches_all_ranks_from_wherever_it_comes(whom: str, tmp_path: P
     folder = run_folder(tmp_path / "runs")
     assert state_of(folder)["state"] == "stopped"
     assert len(CheckpointFolder(folder).manifests()) == 1
-
-
-def run_beside(arguments: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
-    """A command that ends by itself, beside one that goes on."""
-    return subprocess.run(
-        arguments,
-        cwd=folder,
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )

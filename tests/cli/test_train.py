@@ -15,15 +15,15 @@ import torch
 from mpdqn.dqn.published import published
 from mpdqn.logs import read_progress
 from mpdqn.records import RECORDS, read_records
-from tests.cli.processes import END_S, MPDQN, assert_nothing_left, end, processes_of, run, run_folder, start, wait_for
+from tests.processes import END_S, MPDQN, assert_nothing_left, end, run, run_folder, start, wait_for, workers_of
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.pool, pytest.mark.timeout(600)]
 
 SMALL = ["--env", "minatar-breakout", "--smoke", "--frames", "1200", "--out", "runs", "--log-every", "400"]
 
 
 def test_train_then_evaluate_then_draw(tmp_path: Path) -> None:
-    done = run([*MPDQN, "train", *SMALL, "--layout", "dp2", "--agent", "rainbow"], tmp_path)
+    done = run([*MPDQN, "train", *SMALL, "--layout", "dp2", "--agent", "rainbow"], tmp_path, anew=True)
     assert done.returncode == 0, done.stderr
     assert "1.20k/1.20k" in done.stderr
     for words in ("frames/s", "updates/s", "samples/insert", "ε", "loss", "return", "evaluation"):
@@ -86,10 +86,9 @@ def test_a_killed_rank_ends_the_run(tmp_path: Path) -> None:
     process = start([*MPDQN, "train", *long, "--actors", "workers", "--layout", "single@1", "--out", "runs"], tmp_path)
     try:
         wait_for(lambda: list((tmp_path / "runs").glob("*/progress.csv")), 120, "row of progress")
-        workers = [pid for pid, line in processes_of(tmp_path).items() if "mpdqn.launch" in line]
-        assert len(workers) == 2
-        acting = next(pid for pid in workers if b"RANK=1" in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
-        os.kill(acting, signal.SIGKILL)
+        workers = workers_of(tmp_path)
+        assert workers.keys() == {0, 1}
+        os.kill(workers[1], signal.SIGKILL)
         _, err = process.communicate(timeout=END_S)
     finally:
         end(process)

@@ -74,6 +74,7 @@ def ranks() -> list[dict[str, Any]]:
     return run_ranks(on_four_ranks, num_ranks=4)
 
 
+@pytest.mark.pool
 @pytest.mark.parametrize("proceed", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_rank_has_the_loss_and_the_norm_of_the_whole_batch(

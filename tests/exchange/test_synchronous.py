@@ -120,17 +120,20 @@ def expected(num_ranks: int, whole_numbers: bool = True, dtype: torch.dtype = to
     return [None if parts[0] is None else torch.stack(parts).sum(dim=0) for parts in columns]
 
 
+@pytest.mark.pool
 @pytest.mark.parametrize(("case", "num_ranks"), [("two", 2), ("three", 3), ("many buckets", 3), ("alone", 1)])
 def test_gradients_are_summed_exactly_whatever_their_strides(ranks: list[dict[str, Any]], case: str, num_ranks: int):
     for seen in ranks[:num_ranks]:
         assert same(seen[case]["sums"], expected(num_ranks))
 
 
+@pytest.mark.pool
 def test_two_replicas_sum_any_numbers_exactly(ranks: list[dict[str, Any]]):
     for seen in ranks[:2]:
         assert same(seen["two random"]["sums"], expected(2, whole_numbers=False))
 
 
+@pytest.mark.pool
 def test_all_ranks_have_the_same_bits_every_time(ranks: list[dict[str, Any]]):
     first = ranks[0]["random"][0]["sums"]
     for seen in ranks:
@@ -141,6 +144,7 @@ def test_all_ranks_have_the_same_bits_every_time(ranks: list[dict[str, Any]]):
         assert ours is None or torch.allclose(ours, theirs, rtol=0, atol=1e-14)
 
 
+@pytest.mark.pool
 def test_gradients_stay_in_place_and_keep_their_strides(ranks: list[dict[str, Any]]):
     strides = [None if g is None else g.stride() for g in gradients(0, torch.float64, True)]
     for seen in ranks:
@@ -148,16 +152,19 @@ def test_gradients_stay_in_place_and_keep_their_strides(ranks: list[dict[str, An
         assert seen["three"]["strides"] == strides
 
 
+@pytest.mark.pool
 def test_a_parameter_without_gradient_is_skipped_on_every_rank(ranks: list[dict[str, Any]]):
     assert all(seen["three"]["sums"][SKIPPED] is None for seen in ranks)
 
 
+@pytest.mark.pool
 def test_dtypes_do_not_mix(ranks: list[dict[str, Any]]):
     both = [*expected(3), *expected(3, dtype=torch.float32)]
     assert [g.dtype for g in both if g is not None] == [g.dtype for g in ranks[0]["mixed"]["sums"] if g is not None]
     assert all(same(seen["mixed"]["sums"], both) for seen in ranks)
 
 
+@pytest.mark.pool
 def test_sums_are_under_way_while_other_work_is_done(ranks: list[dict[str, Any]]):
     """Started stage by stage; until the end no gradient is touched, and it is known whether the end would wait."""
     for seen in (rank["overlapped"] for rank in ranks):
@@ -168,6 +175,7 @@ def test_sums_are_under_way_while_other_work_is_done(ranks: list[dict[str, Any]]
         assert same(seen["sums"], expected(RANKS))
 
 
+@pytest.mark.pool
 def test_the_bytes_of_a_ring_are_counted(ranks: list[dict[str, Any]]):
     numel = sum(g.numel() for g in gradients(0, torch.float64, True) if g is not None)
     assert [seen["two"]["bytes"] for seen in ranks[:2]] == [numel * 8] * 2

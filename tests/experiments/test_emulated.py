@@ -6,13 +6,14 @@ import pytest
 
 from experiments import emulated_pipeline
 from mpdqn.records import RECORDS, Record, read_records
-from tests.experiments.test_smoke import run
+from tests.experiments.running import run
 
 
 def kept(folder: Path) -> list[Record]:
     return list(read_records(folder / RECORDS))
 
 
+@pytest.mark.pool
 @pytest.mark.timeout(600)
 def test_emulated_pipeline(tmp_path: Path) -> None:
     table = run("emulated_pipeline", "--out", str(tmp_path))
@@ -42,6 +43,7 @@ def test_emulated_pipeline(tmp_path: Path) -> None:
         emulated_pipeline.main(emulated_pipeline.Config(out=tmp_path, smoke=True, seed=1))
 
 
+@pytest.mark.pool
 @pytest.mark.timeout(600)
 def test_gpipe(tmp_path: Path) -> None:
     table = run("gpipe", "--out", str(tmp_path))

@@ -2,9 +2,6 @@
 
 import functools
 import importlib.util
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -17,6 +14,7 @@ from experiments.peers.peers_table import failure, failures, peers_table
 from experiments.peers.task import Step
 from experiments.peers.team import Team, TeamFailed
 from mpdqn.records import RECORDS, Environment, Record, append_records, read_records
+from tests.experiments.running import run
 
 ROOT = Path(__file__).parents[2]
 OPTIONAL = {"DeepSpeed PipelineModule": "deepspeed", "torchgpipe": "torchgpipe"}
@@ -70,23 +68,16 @@ def turn(contender: str, round_: int, rate: float) -> Record:
     )
 
 
+@pytest.mark.pool
 @pytest.mark.timeout(600)
 def test_every_installed_peer_makes_the_same_update(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "experiments.pipeline_peers", "--smoke", "--out", str(tmp_path)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
-        timeout=580,
-    )
-    assert done.returncode == 0, done.stderr
+    output = run("pipeline_peers", "--out", str(tmp_path))
     table = (tmp_path / "table.md").read_text()
-    assert table in done.stdout
-    assert "could not run" not in table, done.stderr
+    assert table in output
+    assert "could not run" not in table
     absent = {name for name, package in OPTIONAL.items() if importlib.util.find_spec(package) is None}
     for name in absent:
-        assert f"{name} is left out: {OPTIONAL[name]} is not installed; pip install -e " in done.stdout
+        assert f"{name} is left out: {OPTIONAL[name]} is not installed; pip install -e " in output
     measured = [record.settings["contender"] for record in read_records(tmp_path / RECORDS)]
     assert sorted(map(str, measured)) == sorted([*ALWAYS, *(OPTIONAL.keys() - absent)])
     for name in map(str, measured):
@@ -99,6 +90,7 @@ def test_losses_that_differ_stop_the_run() -> None:
         check_losses({YARDSTICK: [0.5, 0.4], "other": [0.5, 0.4002]})
 
 
+@pytest.mark.pool
 def test_a_team_adds_up_its_losses_and_rests_between_turns() -> None:
     team = Team(counting, ranks=2, threads=1)
     try:
@@ -113,6 +105,7 @@ def test_a_team_adds_up_its_losses_and_rests_between_turns() -> None:
     assert not any(process.is_alive() for process in team._processes)
 
 
+@pytest.mark.pool
 def test_the_rank_that_failed_says_why_and_its_team_ends() -> None:
     team = Team(functools.partial(counting, 2), ranks=2, threads=1)
     with pytest.raises(TeamFailed) as failed:

@@ -1,21 +1,18 @@
 """`experiments.schedule_overhead` runs, made small, and its table says what the records say."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mpdqn.records import RECORDS, read_records
 from mpdqn.schedule import SCHEDULES
+from tests.experiments.running import run
 
-ROOT = Path(__file__).parents[2]
 
-
+@pytest.mark.pool
 @pytest.mark.timeout(600)
 def test_schedule_overhead_goes_on_where_it_stopped(tmp_path: Path) -> None:
-    table = run("--out", str(tmp_path))
+    table = run("schedule_overhead", "--out", str(tmp_path))
     assert (tmp_path / "table.md").read_text() in table
     for name in SCHEDULES:
         assert f"| {name} " in table or f"- {name} runs the same actions as " in table
@@ -25,18 +22,5 @@ def test_schedule_overhead_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert contenders[:2] == ["gpipe", "torch ScheduleGPipe"]
     assert contenders[-1] == "isend and irecv"
     assert all("schedule_overhead" in record.environment.command for record in records)
-    assert run("--out", str(tmp_path)) == table, "all is there: nothing is measured again"
+    assert run("schedule_overhead", "--out", str(tmp_path)) == table, "all is there: nothing is measured again"
     assert list(read_records(tmp_path / RECORDS)) == records
-
-
-def run(*flags: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "experiments.schedule_overhead", "--smoke", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout

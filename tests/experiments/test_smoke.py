@@ -1,28 +1,15 @@
 """Each experiment's real main runs, made small."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from mpdqn.records import RECORDS, read_records
+from tests.experiments.running import run
+
+pytestmark = pytest.mark.pool
 
 ROOT = Path(__file__).parents[2]
-
-
-def run(experiment: str, *flags: str, timeout: float = 280) -> str:
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-m", f"experiments.{experiment}", "--smoke", *flags],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "2"},
-        timeout=timeout,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_every_experiment_is_run_here() -> None:
@@ -35,6 +22,7 @@ def test_every_experiment_is_run_here() -> None:
         "learner_speed",
         "pipeline_efficiency",
         "pipeline_peers",
+        "rank_startup",
         "replay",
         "schedule_overhead",
         "training_speed",
@@ -66,7 +54,7 @@ def test_checkpoint_cost(tmp_path: Path) -> None:
 @pytest.mark.timeout(900)
 def test_kill_drill(tmp_path: Path) -> None:
     """The small kill drill: a run that is killed twice at random moments ends as the one that was left alone."""
-    table = run("kill_drill", "--out", str(tmp_path), timeout=800)
+    table = run("kill_drill", "--out", str(tmp_path))
     assert (tmp_path / "table.md").read_text() in table
     records = list(read_records(tmp_path / RECORDS))
     assert [record.settings["what"] for record in records] == ["kill", "kill", "end"]
@@ -79,7 +67,7 @@ def test_kill_drill(tmp_path: Path) -> None:
 @pytest.mark.timeout(600)
 def test_training_speed(tmp_path: Path) -> None:
     """Every peer that is installed trains; the others are named in the notes."""
-    table = run("training_speed", "--out", str(tmp_path), timeout=560)  # eleven processes, one after the other
+    table = run("training_speed", "--out", str(tmp_path))  # eleven processes, one after the other
     assert (tmp_path / "table.md").read_text() in table
     records = list(read_records(tmp_path / RECORDS))
     measured = {(record.settings["workload"], record.settings["contender"]) for record in records}
@@ -130,3 +118,21 @@ def test_replay_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert round(shipped * 1e6 / 2**30) == 210
     assert table in run("replay", "--out", str(tmp_path)), "all is there: nothing is measured again"
     assert list(read_records(tmp_path / RECORDS)) == records
+
+
+@pytest.mark.timeout(600)
+def test_rank_startup(tmp_path: Path) -> None:
+    table = run("rank_startup", "--out", str(tmp_path))
+    assert (tmp_path / "table.md").read_text() in table
+    records = list(read_records(tmp_path / RECORDS))
+    ways = ["spawned", "forkserver, cold", "forkserver, warm"]
+    assert [record.row for record in records] == [*ways, "main job, under torchrun", "main job, in a pool"]
+    for record in records[:-2]:
+        assert record.values["ready_s"] > 0  # type: ignore[operator]
+        memory = record.values["memory_bytes"]
+        assert len(memory) == record.settings["ranks"]  # type: ignore[arg-type]
+        assert min(memory) > 2**20  # type: ignore[type-var, arg-type]
+        assert (record.values["server_bytes"] > 0) == (record.row != "spawned")  # type: ignore[operator]
+    assert all(record.values["peak_bytes"] > 2**28 for record in records[-2:])  # type: ignore[operator]
+    assert "bar " in table
+    assert run("rank_startup", "--out", str(tmp_path)) == table, "all is there: nothing is measured again"

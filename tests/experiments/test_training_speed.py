@@ -87,5 +87,5 @@ def test_without_peers_there_is_nothing_to_compare_with() -> None:
 def test_a_peer_that_is_not_installed_is_left_out() -> None:
     contender = Contender(make=lambda: lambda: None, packages=("no_such_package", "torch"))
     assert contender.missing() == ("no_such_package",)
-    trainers, collectors = training(80, 64, "/tmp"), collection(64)
+    trainers, collectors = training(80, 64, "/tmp", SHIPPED), collection(64, SHIPPED)
     assert [trainers["mpdqn"].missing(), collectors["mpdqn"].missing(), collectors["bare loop"].missing()] == [()] * 3

@@ -450,6 +450,7 @@ def two() -> list[dict[str, Any]]:
     return run_ranks(two_ranks, num_ranks=2, timeout=240)
 
 
+@pytest.mark.pool
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("order", ORDERS)
 def test_two_ranks_compute_what_the_network_computes(two: list[dict[str, Any]], memory_format: str, order: str) -> None:
@@ -470,6 +471,7 @@ def test_two_ranks_compute_what_the_network_computes(two: list[dict[str, Any]], 
         assert (sent, returned) == (3 * out + back, out + 3 * back)
 
 
+@pytest.mark.pool
 @pytest.mark.parametrize("order", ORDERS)
 def test_there_is_a_buffer_for_what_arrives_and_for_nothing_else(two: list[dict[str, Any]], order: str) -> None:
     """They were made twice, and also where the neighbouring stage is in the same process."""
@@ -477,6 +479,7 @@ def test_there_is_a_buffer_for_what_arrives_and_for_nothing_else(two: list[dict[
     assert (buffers, other_buffers) == (returned, sent), "each rank receives what the other sends"
 
 
+@pytest.mark.pool
 def test_activations_travel_as_they_lie(two: list[dict[str, Any]]) -> None:
     """No activation is rearranged on its way: its strides were agreed when the stage was built."""
     for name in two[0]:

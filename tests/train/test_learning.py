@@ -15,13 +15,13 @@ def learn(out: Path, **settings: object) -> TrainResult:
     config = TrainConfig(
         env="minatar-breakout",
         agent="dqn",
-        frames=24_000,
+        frames=15_000,
         learning_rate=1e-3,
         replay_period=2,
         target_period=250,
-        epsilon_decay_frames=15_000,
+        epsilon_decay_frames=8_000,
         evaluation_episodes=0,
-        log_every=4_000,
+        log_every=3_000,
         layout="single@1",
         out=out,
     )
@@ -30,12 +30,12 @@ def learn(out: Path, **settings: object) -> TrainResult:
 
 @pytest.mark.timeout(600)
 def test_breakout_is_learned(tmp_path: Path) -> None:
-    """Random play returns about 0.5; so did it where 24,000 frames of one seed ended between 3 and 5."""
+    """Random play returns about 0.4; so did it where 15,000 frames of two seeds ended between 4.5 and 4.7."""
     result = learn(tmp_path)
     frames = [8 * (episode.step + 1) for episode in result.episodes]
     returns = [episode.episode_return for episode in result.episodes]
     at_random = fmean(r for frame, r in zip(frames, returns, strict=True) if frame <= 1_000)
-    learned = fmean(r for frame, r in zip(frames, returns, strict=True) if frame > 20_000)
+    learned = fmean(r for frame, r in zip(frames, returns, strict=True) if frame > 12_500)
     assert at_random < 1
     assert learned > 2
     assert learned > 4 * at_random

@@ -262,6 +262,7 @@ def test_a_mark_is_written_over_nothing_else(tmp_path: Path) -> None:
         mapped.mark(job, [0], "2" * 32)
 
 
+@pytest.mark.pool
 def test_every_rank_refuses_replay_of_another_run(tmp_path: Path) -> None:
     """Shard 3 is the second rank's; the first deleted its own, and then waited for the second."""
     scratch = tmp_path / "scratch"
