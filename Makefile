@@ -8,7 +8,7 @@ BIN := .venv/bin
 READY := .venv/.tested-set
 OLDEST := 2.11.0
 JOBS ?= 3
-# One process more than cores, as some tests wait. A file's tests stay in one: they share what is slow to make. Printed
+# One process more than two cores, as some tests wait. A file's tests stay in one: they share what is slow to make. Printed
 # at the end: the slowest.
 PARALLEL := -q -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations 20
 

@@ -24,7 +24,7 @@ LOOK_S = 2.0
 AGENT_S = 6.0
 """Seconds that torch's agent has to notice that all workers have ended, on a busy machine too."""
 
-ENDING_S = 0.5
+ENDING_S = 2.0
 """Seconds between the moment when a process no longer answers and the one when the kernel says that it has ended."""
 
 PEERS_FIRST_S = 5.0
@@ -72,8 +72,8 @@ class WorkerWatch:
     workers that a stopped process is to fork.
 
     A context manager, for the thread that waits; ``stopped`` has the seconds of those that were stopped, by rank,
-    ``server_stopped_s`` those of the process that forks them, where that was ended for it, and ``vanished`` the ranks
-    that were seen to have ended without a result before others were killed for it.
+    ``server_stopped_s`` those of the process that forks them, where that was ended for it; ``vanished`` are the ranks
+    that were seen to have ended without a result, and ``ended`` those that were killed because others had.
 
     Args:
         job: the pool's folder.
@@ -91,6 +91,7 @@ class WorkerWatch:
         self.server_stopped_s = 0.0
         self.stopped: dict[int, float] = {}
         self.vanished: set[int] = set()
+        self.ended: set[int] = set()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="worker-watch", daemon=True)
 
@@ -125,6 +126,8 @@ class WorkerWatch:
                 waits = failed and (self._job / f"result-{rank}.pkl").exists()  # for those that have failed
                 if seconds > self._limit_s:
                     self.stopped[rank] = seconds
+                if late or waits:
+                    self.ended.add(rank)
                 if seconds > self._limit_s or late or waits:
                     _kill(pid)
             missing = len(workers) < self._num_workers

@@ -160,7 +160,7 @@ def _is_open(number: int) -> bool:
 
 
 def start() -> None:
-    """Start the server if it does not run, or is stopped; it is not waited for.
+    """Start the server if it does not run; it is not waited for. One that is stopped is ended first, with its ranks.
 
     It is given none of this process's warning filters, which are not those of its ranks.
     """
@@ -172,7 +172,10 @@ def start() -> None:
             if state(running) not in ("", "Z", "T"):
                 return
             end()
-        elif running is not None:  # the program's own, without what ranks need: left to what it has forked
+            with contextlib.suppress(ChildProcessError):  # the program may have waited for it itself
+                os.waitpid(running, os.WNOHANG)
+            leave_main_process()
+        elif running is not None:  # the program's own, or one that multiprocessing started: left to what it has forked
             servers._forkserver_alive_fd = servers._forkserver_address = servers._forkserver_pid = None
         if os.getpid() not in _started:
             _started.add(os.getpid())

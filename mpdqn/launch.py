@@ -146,7 +146,7 @@ def launch(
             raise KeyboardInterrupt(f"stopped by {error.sigval.name}") from None
         finally:
             if watch.server_stopped_s:
-                end()  # has begun
+                watch.server_is_gone()  # it was killed: the next pool is to find it so
             end_remaining(job, run_id)
         return [pickle.loads((job / f"result-{rank}.pkl").read_bytes()) for rank in range(num_workers)]
 
@@ -225,6 +225,8 @@ def _first_cause(
     told = {rank: failure for rank, failure in read.items() if failure is not None}
     killed = {rank for failure in told.values() for rank in failure.ended}
     ending = min((failure.at for failure in told.values()), default=float("inf")) + 2 * GRACE_S
+    # The agent tells of one rank, and ends the others for it: unless the watch has ended that one, it came first.
+    first = failures.keys() - told.keys() - watch.ended
     found: list[tuple[int, float, int, str, str]] = []
     for rank in range(num_workers):
         if rank in told:
@@ -235,7 +237,7 @@ def _first_cause(
             code, at = failures[rank].exitcode, float(failures[rank].timestamp)
             # The agent ends the others once one has failed, with SIGTERM and later with SIGKILL; their peers end those
             # that are silent. Neither is the cause.
-            ended = code == -signal.SIGTERM or at > ending or rank in killed
+            ended = code == -signal.SIGTERM or at > ending or rank in killed | watch.ended
             text = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
             if code == SERVER_LOST and watch.server_is_gone():
                 text = _server_end(watch)
@@ -243,7 +245,7 @@ def _first_cause(
                 text = f"stopped (SIGSTOP) for {watch.stopped[rank]:.0f} s, and killed"
             found.append((3 if ended else 1, at, rank, text, ""))
         elif rank in watch.vanished:
-            found.append((3 if rank in killed else 1, 0.0, rank, NO_RESULT, ""))
+            found.append((3 if first or rank in killed else 1, 0.0, rank, NO_RESULT, ""))
     _, _, rank, text, trace = min(found)
     error = WorkerError(f"rank {rank} of {num_workers} failed: {text}")
     if trace:

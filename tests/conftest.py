@@ -84,7 +84,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the long files first, those that ask for time or pools, and between two of them one that waits.
+    """Put the long files first, those that ask for time or pools, and one that waits before every two of them.
 
     So no process is left with a long file at the end, and where one waits the others have the cores.
     """

@@ -95,6 +95,8 @@ def forked(
         process = get_context("forkserver").Process(
             target=_be_command, args=(surroundings, arguments[1:], Path(outputs), *server)
         )
+        for name in ("out", "err"):
+            (Path(outputs) / name).touch()
         process.start()
         process.join(seconds)
         late = process.is_alive()
@@ -104,8 +106,8 @@ def forked(
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-        assert late or not left, f"{left} were left behind by {arguments}"
         out, err = ((Path(outputs) / name).read_text() for name in ("out", "err"))
+        assert late or not left, f"{left} were left behind by {arguments}, which said {err}"
         if late:
             raise subprocess.TimeoutExpired(arguments, seconds, out, err)
         assert process.exitcode is not None

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from mpdqn.children import WorkerWatch, state
 from mpdqn.children import workers_of as workers_in
@@ -71,6 +72,13 @@ def test_after_a_killed_rank_the_next_pool_has_the_same_server() -> None:
     with pytest.raises(WorkerError, match=r"^rank 0 of 1 failed: killed by SIGKILL$"):
         launch(lambda: os.kill(os.getpid(), signal.SIGKILL), num_workers=1)
     assert launch(server, num_workers=1) == before
+
+
+def test_a_killed_server_that_the_program_has_waited_for_is_replaced() -> None:
+    (before,) = launch(server, num_workers=1)
+    os.kill(before, signal.SIGKILL)
+    os.waitpid(before, 0)
+    assert launch(server, num_workers=1) != [before]
 
 
 def kill_server() -> None:
@@ -153,6 +161,29 @@ def test_a_rank_that_its_peers_have_killed_is_no_cause_also_where_the_launcher_d
     watch = WorkerWatch(tmp_path, 1.0, 2, None)
     watch.vanished.add(1)  # it was seen before the launcher looked
     assert str(_first_cause(tmp_path, {}, 2, watch)) == "rank 0 of 2 failed: PeerLost: 1 is silent"
+
+
+def test_a_rank_of_which_the_launcher_tells_comes_before_those_that_it_ended_for_it(tmp_path: Path) -> None:
+    watch = WorkerWatch(tmp_path, 1.0, 3, None)
+    watch.vanished |= {0, 1}
+    killed = ProcessFailure(local_rank=1, pid=1, exitcode=-signal.SIGKILL, error_file="")
+    assert str(_first_cause(tmp_path, {1: killed}, 3, watch)) == "rank 1 of 3 failed: killed by SIGKILL"
+
+
+def kill_one_of_three() -> None:
+    """Rank 2 is done, rank 0 works on, rank 1 is killed."""
+    pool = POOL_FOLDER.get()
+    assert pool is not None
+    if launched_rank() < 2:
+        wait_for((pool / "result-2.pkl").exists, END_S, "result of rank 2")
+        if launched_rank() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        threading.Event().wait()
+
+
+def test_a_killed_rank_is_named_though_another_one_is_done_and_a_third_one_works_on() -> None:
+    with pytest.raises(WorkerError, match=r"^rank 1 of 3 failed: killed by SIGKILL$"):
+        launch(kill_one_of_three, num_workers=3)
 
 
 def interrupted_twice(folder: Path) -> None:

@@ -152,6 +152,8 @@ def ends_in_a_turn() -> Callable[[], None]:
 @pytest.mark.pool
 def test_how_a_contender_has_ended_is_told() -> None:
     contender = Isolated(ends_in_a_turn)
-    with pytest.raises(RuntimeError, match=r"^a contender's process ended with code 3$"):
-        contender.rate(0.0)
-    contender.close()
+    try:
+        with pytest.raises(RuntimeError, match=r"^a contender's process ended with code 3$"):
+            contender.rate(0.0)
+    finally:
+        contender.close()
