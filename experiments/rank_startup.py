@@ -36,14 +36,14 @@ LOOK_S = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What to measure."""
+    """Flags of the experiment."""
 
     out: Path = Path("results/rank_startup")
     """Folder of the records."""
     rounds: int = ROUNDS
-    """How often all of it is measured."""
+    """Number of rounds; each measures everything once."""
     ranks: tuple[int, ...] = (1, 2, 4, 8)
-    """How many ranks to start."""
+    """Numbers of ranks that are started, one after the other."""
     smoke: bool = False
     """One round, of one rank, with a main job of one layout."""
 

@@ -32,7 +32,7 @@ PEERS_FIRST_S = 5.0
 
 
 def end_with(parent: int) -> None:
-    """Have the kernel end this process when ``parent`` ends, even by SIGKILL, which leaves it no time to see to us."""
+    """Ask the kernel to kill this process when process ``parent`` ends, however it ends (PR_SET_PDEATHSIG)."""
     set_parent_death_signal = 1  # PR_SET_PDEATHSIG, prctl(2)
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != parent:  # it ended before we asked

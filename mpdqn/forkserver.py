@@ -28,13 +28,13 @@ from typing import Any
 from mpdqn.children import end_with, state
 
 RANK_MODULES = ("mpdqn.train.run", "mpdqn.bench.trial")
-"""What the server imports, and with it all that ranks of training and of a comparison import."""
+"""Modules that the server imports; with them come all that ranks of training and of a comparison need."""
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 """Signals by which a user or a scheduler ends a job, all processes of it."""
 
 BLOCKED = (*ENDING, signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGXCPU)
-"""What the server does not take, which ends with the main process: its ranks may have work to save."""
+"""Signals that the server blocks: it ends with the main process only, since its ranks may have work to save."""
 
 LAUNCHER = (
     *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "ROLE_NAME"),
@@ -44,7 +44,7 @@ LAUNCHER = (
 """Variables that torch's elastic agent gives each rank, beside those that begin with TORCHELASTIC_."""
 
 RANK_NAME = "mpdqn-rank-"
-"""How a rank is called in a list of processes, its number behind it."""
+"""First part of a rank's name in lists of processes (`ps -e`, `top`); its number follows."""
 
 LONGEST_TMPDIR = 60
 """Bytes of a folder for temporary files in which a socket's path still fits; the kernel allows 107 in all."""
@@ -85,7 +85,16 @@ def _received(handle: Any) -> Output:
 
 @dataclass(frozen=True, kw_only=True)
 class Surroundings:
-    """What a process that is started has from its parent, and one that is forked elsewhere has not."""
+    """Process state that a started process inherits from its parent, and one that the server forks has to be given.
+
+    Args:
+        variables: the environment.
+        ignored: numbers of the signals that are ignored.
+        folder: the current folder.
+        cores: cores that the process may use.
+        mask: the umask.
+        outputs: descriptors of standard output (1) and standard error (2), those that are open.
+    """
 
     variables: dict[str, str]
     ignored: frozenset[int]

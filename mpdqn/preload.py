@@ -1,4 +1,4 @@
-"""What the server that forks ranks imports (`mpdqn.forkserver`). It changes the process, and is for that one alone."""
+"""Imported by the server that forks ranks (`mpdqn.forkserver`), by nothing else: importing it changes the process."""
 
 import contextlib
 import gc

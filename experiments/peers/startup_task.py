@@ -26,12 +26,12 @@ from mpdqn.launch import launch
 SPAWNED, FORKED = "spawned", "forkserver"
 
 PATIENCE_S = 300.0
-"""How long a rank waits for the others."""
+"""Seconds for which a rank waits for the others."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Start:
-    """What one start took.
+    """Time and memory of one start of all ranks.
 
     Args:
         ready_s: seconds until the last rank had imported everything.
